@@ -1,0 +1,172 @@
+"""Writing an array in codes: `quantize`, and `fake_quantize` for training.
+
+encode   codes = clamp(round(w / scale) + zero, qmin, qmax)
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from jaxquant.errors import NonFiniteError, NotQuantizableError, ShapeError
+from jaxquant.format import Format, int8
+from jaxquant.qtensor import QTensor, decode
+from jaxquant.trace.views import expand
+
+Axes = int | Sequence[int]
+
+
+def quantize(w: ArrayLike, format: Format = int8, *, axis: Axes = -2, clip: ArrayLike = 1.0) -> QTensor:
+    """Writes an array in the codes of a format.
+
+        scale = clip * max|w| / qmax                                symmetric, floats and codebooks
+        scale = clip * (max(w, 0) - min(w, 0)) / (qmax - qmin)      affine
+        zero = round(qmin - clip * min(w, 0) / scale)
+        codes = clamp(round(w / scale) + zero, qmin, qmax)
+
+    Statistics and quotient are float32 whatever the dtype. A channel of zeros gets scale 1 and codes that decode to 0.
+
+    Args:
+      w: a float array of any shape.
+      format: which codes, and how many weights share a scale.
+      axis: the contracted axis or axes (the inputs of a matmul), which share a scale; -2 for a matrix `[in, out]`.
+        Ignored where the format is per tensor.
+      clip: the share of the range that is kept; what lies beyond saturates. Broadcasts against the scale.
+
+    Returns:
+      A `QTensor` whose scale is 1 along `axis` (or counts the groups along its last axis) and full along the others.
+
+    Raises:
+      NotQuantizableError: `w` is not a float array, or is a `QTensor` already.
+      NonFiniteError: `w` has a NaN or an infinity.
+      ShapeError: `axis` is out of range or the group does not divide it.
+    """
+    if isinstance(w, QTensor):
+        raise NotQuantizableError(f"{w!r} is quantized already; quantize jq.dequantize(q) if that is what you want.")
+    w = _float_array(w)
+    axes = _contracted(w.shape, format, axis)
+    if not isinstance(w, jax.core.Tracer) and not jnp.all(jnp.isfinite(w)):
+        raise NonFiniteError(first_nonfinite(w, "w"))
+    return _quantize(w, jnp.asarray(clip, jnp.float32), format, axes)
+
+
+def fake_quantize(
+    w: ArrayLike, format: Format = int8, *, axis: Axes = -2, clip: ArrayLike = 1.0
+) -> Float[Array, "..."]:
+    """Quantizes and decodes at once, with the straight-through gradient.
+
+        y = decode(quantize(w)),    dy/dw = 1 inside the clipping range, 0 outside
+
+    Args, Returns and Raises are those of `quantize`, but for an array of the shape and dtype of `w`. The scale is a
+    constant to the gradient (Bengio et al., arXiv:1308.3432).
+    """
+    w = _float_array(w)
+    return _fake_quantize(w, jnp.asarray(clip, jnp.float32), format, _contracted(w.shape, format, axis))
+
+
+def first_nonfinite(w: Array, name: str) -> str:
+    """Says where an array has its first NaN or infinity, and what to do about it."""
+    index = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(w, np.float32)))[0])
+    return f"{name}{list(index)} is {w[index]}: mend the weights, or leave this array out (`where=`)."
+
+
+def _float_array(w: ArrayLike) -> Array:
+    array = jnp.asarray(w)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise NotQuantizableError(f"an array of {array.dtype} was given: only floating-point arrays are quantized.")
+    return array
+
+
+def _contracted(shape: tuple[int, ...], format: Format, axis: Axes) -> tuple[int, ...]:
+    """The axes that share a scale, as sorted non-negative numbers."""
+    rank = len(shape)
+    if not format.per_channel:
+        return tuple(range(rank))
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -rank <= a < rank for a in axes):
+        raise ShapeError(
+            f"axis={axis} is out of range for shape {shape}: name the contracted axes, or use a scale for the whole "
+            "array with format(per_channel=False)."
+        )
+    axes = tuple(sorted({a % rank for a in axes}))
+    if format.group and axes and shape[axes[-1]] % format.group:
+        raise ShapeError(
+            f"group={format.group} does not divide the {shape[axes[-1]]} inputs of shape {shape} (axis {axes[-1]}); "
+            f"groups that do: {group_sizes(shape[axes[-1]])}."
+        )
+    return axes
+
+
+def group_sizes(n: int) -> list[int]:
+    """The group sizes that divide `n` inputs, from 8 up where there are any."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return [d for d in divisors if 8 <= d < n] or divisors
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> QTensor:
+    scale, zero = _fit(w, clip, format, axes)
+    codes = _encode(w, scale, zero, format).astype(format.container)
+    zero = None if format.symmetric else zero.astype(format.container)
+    return QTensor(codes, scale, zero, w.dtype, format.bits, format.levels)
+
+
+def _fit(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The scale and zero point of each group's range, in float32."""
+    members, over = _grouped(w.astype(jnp.float32), format, axes)
+    low, high = (
+        jnp.min(members, over, initial=0.0, keepdims=True),
+        jnp.max(members, over, initial=0.0, keepdims=True),
+    )
+    last = (axes[-1] + 1,) if format.group and axes else ()
+    low, high = (clip * jnp.squeeze(bound, last) for bound in (low, high))
+    if format.symmetric:
+        scale = jnp.maximum(-low, high) / format.qmax
+        return _positive(scale, high - low), jnp.zeros_like(scale)
+    # Halves, because max - min of +-3e38 is beyond float32.
+    scale = _positive((high / 2 - low / 2) / ((format.qmax - format.qmin) / 2), high - low)
+    return scale, jnp.clip(jnp.round(format.qmin - low / scale), format.qmin, format.qmax)
+
+
+def _positive(scale: Array, spread: Array) -> Array:
+    """1 where there is nothing but zeros, and never a denormal, which XLA would flush to zero."""
+    return jnp.where(spread > 0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), 1.0)
+
+
+def _grouped(w: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+    """The array with its groups on an axis of their own, and the axes that share a scale."""
+    if not (format.group and axes):
+        return w, axes
+    last, group = axes[-1], format.group
+    return w.reshape(*w.shape[:last], w.shape[last] // group, group, *w.shape[last + 1 :]), (last + 1,)
+
+
+def _encode(w: Array, scale: Array, zero: Array, format: Format) -> Array:
+    """The codes as float32 numbers."""
+    ratio = w.astype(jnp.float32) / expand(scale, w.shape)
+    if format.levels is not None:
+        middles = [(a + b) / 2 for a, b in zip(format.levels, format.levels[1:], strict=False)]
+        above = sum((ratio > middle).astype(jnp.int32) for middle in middles)
+        return above - len(format.levels) // 2
+    if format.dtype is not None:
+        return jnp.clip(ratio, format.qmin, format.qmax)
+    return jnp.clip(jnp.round(ratio) + expand(zero, w.shape), format.qmin, format.qmax)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _fake_quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> Array:
+    return decode(_quantize(w, clip, format, axes))
+
+
+@_fake_quantize.defjvp
+def _straight_through(format: Format, axes: tuple[int, ...], primals, tangents):
+    (w, clip), (dw, _) = primals, tangents
+    scale, zero = _fit(w, clip, format, axes)
+    code = w.astype(jnp.float32) / expand(scale, w.shape) + expand(zero, w.shape)
+    # Half a step of slack: what still rounds to the outermost code is inside.
+    inside = (code >= format.qmin - 0.5) & (code <= format.qmax + 0.5)
+    return _fake_quantize(w, clip, format, axes), jnp.where(inside, dw, 0).astype(dw.dtype)

@@ -1,0 +1,25 @@
+"""The errors jaxquant raises, by name: each message says which parameter, which value, and the fix."""
+
+
+class FormatError(ValueError):
+    """A `Format` that cannot exist: a bad width, group or combination."""
+
+
+class ShapeError(ValueError):
+    """An array whose shape does not fit the format asked for, such as a group that does not divide it."""
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity in an array that was to be quantized."""
+
+
+class NoMatchError(ValueError):
+    """A rule that chooses no parameter at all."""
+
+
+class NotQuantizableError(TypeError):
+    """A value that has no quantized form: an integer, complex or key array, or a `QTensor` already."""
+
+
+class ClosureError(TypeError):
+    """A `QTensor` used as if it were an array, outside the arguments of `quantized(fn)`."""

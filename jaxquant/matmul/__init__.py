@@ -1,0 +1,11 @@
+"""Matmuls, convolutions and look-ups with a `QTensor`, in the best form for each shape and platform.
+
+The only room that knows which formulation is fast where.
+"""
+
+from jaxquant.matmul.arithmetic import FLOAT as FLOAT
+from jaxquant.matmul.arithmetic import INTEGER as INTEGER
+from jaxquant.matmul.arithmetic import WEIGHT_ONLY as WEIGHT_ONLY
+from jaxquant.matmul.dot import dot_general as dot_general
+from jaxquant.matmul.rules import Meeting as Meeting
+from jaxquant.matmul.rules import rules as rules

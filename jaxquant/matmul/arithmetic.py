@@ -1,0 +1,171 @@
+"""`x[B, M, K] @ q[B, K, N]`: the formulations of a matmul with a weight in codes, and the choice among them.
+
+With groups g along K, activations in codes `c` and one scale per token:
+
+    out[m, n] = scale_x[m] * sum_g scale[g, n] * ( sum_k c[m, k] codes[k, n]  -  zero[g, n] * sum_k c[m, k] )
+                                                   int8 x int8 -> int32: exact
+
+Which one is fastest for a shape or a platform is known here and nowhere else.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8, Int32
+
+from jaxquant.encode import quantize
+from jaxquant.format import Format, int8
+from jaxquant.qtensor import QTensor, decode
+
+INTEGER = "int8 x int8 -> int32"
+WEIGHT_ONLY = "weight-only"
+FLOAT = "float"
+
+# |activation code| <= 127 and |code - zero| <= 255: longer sums could overflow an int32.
+_LONGEST = (2**31 - 1) // (127 * 255)
+# Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums (measured, docs/design.md).
+_FEW_ROWS = 16
+# Up to this many rows three int8 digits of the activations are cheaper than decoding the weight.
+_FEW_DIGITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Formulation:
+    """One way to multiply, what to call its arithmetic, and why it is not an integer one."""
+
+    run: Callable[[Array, QTensor, Format | None], Array]
+    arithmetic: str
+    reason: str = ""
+
+
+def choose(rows: int, q: QTensor, activations: Format | None) -> Formulation:
+    """The formulation for `rows` tokens and a weight `[B, K, N]`, from shapes alone.
+
+    Args:
+      rows: M, the tokens of one matmul of the batch.
+      q: the weight; its scale is `[1 or B, groups, 1 or N]`.
+      activations: the format of the activations, or None to keep them in floating point.
+    """
+    groups, inputs = q.scale.shape[1], q.shape[1]
+    if not q.is_integer:
+        return Formulation(decoded, WEIGHT_ONLY, "its codes are not integers")
+    if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1):
+        return Formulation(decoded, FLOAT, "it has a scale for every input")
+    if activations is None:
+        digits_pay = rows <= _FEW_DIGITS and groups < inputs
+        return Formulation(digits if digits_pay else decoded, WEIGHT_ONLY, "activations=None")
+    if groups == inputs > 1:
+        return Formulation(folded, INTEGER)
+    if groups > 1 and rows > _FEW_ROWS:
+        return Formulation(decoded_codes, FLOAT, f"with {groups} groups and {rows} rows it is faster decoded")
+    return Formulation(integer, INTEGER)
+
+
+def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
+    """Codes times codes, scales after."""
+    codes, scale = quantize_tokens(x, activations)
+    return scale * _codes_dot(codes, q)
+
+
+def folded(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
+    """A scale per input goes into the activations before they are quantized: `x @ (s * codes) = (x * s) @ codes`."""
+    scaled = x.astype(jnp.float32) * jnp.swapaxes(q.scale, 1, 2)
+    return integer(scaled, dataclasses.replace(q, scale=jnp.ones((1, 1, 1), jnp.float32)), activations)
+
+
+def decoded_codes(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
+    """The numbers of `integer`, multiplied as floats: the codes of the activations with the decoded weight."""
+    codes, scale = quantize_tokens(x, activations)
+    return scale * _float_dot(codes.astype(jnp.float32), decode(q.astype(jnp.float32)))
+
+
+def decoded(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> Float[Array, "B M N"]:
+    """The decoded weight in a float matmul."""
+    del activations
+    x = x.astype(jnp.promote_types(x.dtype, q.dtype))
+    return _float_dot(x, decode(q.astype(x.dtype)))
+
+
+def digits(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> Float[Array, "B M N"]:
+    """Float activations against integer codes without decoding them, where that is slow (CPU).
+
+    `x = s1 c1 + s2 c2 + s3 c3` with each digit the int8 code of what the ones before it left, which is exact to
+    2^-23 of the largest number of a token; the three rows cost what one does.
+    """
+
+    def as_digits(x, q):
+        rest, codes, scales = x.astype(jnp.float32), [], []
+        for _ in range(3):
+            code, scale = quantize_tokens(rest, int8)
+            rest = rest - code.astype(jnp.float32) * scale
+            codes.append(code)
+            scales.append(scale)
+        parts = jnp.split(_codes_dot(jnp.concatenate(codes, 1), q), 3, axis=1)
+        return sum(scale * part for scale, part in zip(scales, parts, strict=True))
+
+    def as_floats(x, q):
+        return decoded(x, q, activations).astype(jnp.float32)
+
+    return jax.lax.platform_dependent(x, q, cpu=as_digits, default=as_floats)
+
+
+def quantize_tokens(x: Float[Array, "*rows K"], activations: Format) -> tuple[Int8[Array, "*rows K"], Array]:
+    """Codes and scale `[*rows, 1]` of each token; NaN is the scale of a token that has a NaN or an infinity."""
+    q = quantize(x, activations, axis=-1)
+    # An explicit test, because a maximum may swallow a NaN on CPU.
+    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    return q.codes.astype(jnp.int8), jnp.where(finite, q.scale, jnp.nan)
+
+
+def _codes_dot(codes: Int8[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
+    """`sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32."""
+    codes, q = _split_long(codes, q)
+    (b, m, k), n, groups = codes.shape, q.shape[2], q.scale.shape[1]
+    x = jnp.swapaxes(codes.reshape(b, m, groups, k // groups), 1, 2)
+    total = _int8_dot(x, q.codes.astype(jnp.int8).reshape(b, groups, k // groups, n))
+    if q.zero is not None:
+        zero = q.zero.astype(jnp.int32)[:, :, None, :]
+        total = total - zero * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True)
+    return jnp.sum(total.astype(jnp.float32) * q.scale[:, :, None, :], axis=1)
+
+
+def _split_long(codes: Int8[Array, "B M K"], q: QTensor) -> tuple[Array, QTensor]:
+    """Cuts groups too long for an int32 sum into equal shorter ones, padded with zeros, of the same scale."""
+    (b, m, k), groups = codes.shape, q.scale.shape[1]
+    member = k // max(groups, 1)
+    if member <= _LONGEST:
+        return codes, q
+    pieces = -(-member // _LONGEST)
+    padding = -member % pieces
+    grouped = jnp.pad(codes.reshape(b, m, groups, member), ((0, 0), (0, 0), (0, 0), (0, padding)))
+    weights = q.codes.reshape(b, groups, member, q.shape[2])
+    weights = jnp.pad(weights, ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(b, -1, q.shape[2])
+    scale, zero = jax.tree.map(lambda part: jnp.repeat(part, pieces, axis=1), (q.scale, q.zero))
+    return grouped.reshape(b, m, -1), dataclasses.replace(q, codes=weights, scale=scale, zero=zero)
+
+
+def _int8_dot(x: Int8[Array, "B G M k"], w: Int8[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
+    """The integer matmul; one row is padded to two on CPU, where a mat-vec would widen the whole weight first."""
+    if x.shape[2] != 1:
+        return _batched_dot(x, w, jnp.int32)
+
+    def padded(x, w):
+        return _batched_dot(jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), w, jnp.int32)[:, :, :1]
+
+    return jax.lax.platform_dependent(x, w, cpu=padded, default=lambda x, w: _batched_dot(x, w, jnp.int32))
+
+
+def _float_dot(x: Float[Array, "B M K"], w: Float[Array, "B K N"]) -> Float[Array, "B M N"]:
+    return _batched_dot(x[:, None], w[:, None], None)[:, 0]
+
+
+def _batched_dot(x: Array, w: Array, dtype) -> Array:
+    """`x[B, G, M, k] @ w[B, G, k, N]`, without the batch axes that are 1: XLA's fast paths look for plain matrices."""
+    lead = [n for n in x.shape[:2] if n != 1]
+    x2, w2 = x.reshape(*lead, *x.shape[2:]), w.reshape(*lead, *w.shape[2:])
+    batch = tuple(range(len(lead)))
+    numbers = (((len(lead) + 1,), (len(lead),)), (batch, batch))
+    out = jax.lax.dot_general(x2, w2, numbers, preferred_element_type=dtype)
+    return out.reshape(*x.shape[:3], w.shape[3])

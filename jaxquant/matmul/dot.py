@@ -1,0 +1,168 @@
+"""`dot_general` with a weight in codes on either side: any dimension numbers, brought to `[B, M, K] @ [B, K, N]`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.encode import quantize
+from jaxquant.errors import FormatError
+from jaxquant.format import Format, int8
+from jaxquant.matmul.arithmetic import FLOAT, Formulation, choose, decoded
+from jaxquant.matmul.derivative import apply
+from jaxquant.qtensor import QTensor, decode
+from jaxquant.trace import views
+
+DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """One `dot_general` with a weight in codes, as hashable data.
+
+    Args:
+      contracted, batch: the axes of the activations and of the weight, `((x axes), (w axes))`.
+      weight_first: whether the weight is the left operand.
+      activations: the format of the activations, or None.
+      precision, dtype: as `jax.lax.dot_general` takes the precision and the result's dtype.
+    """
+
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[tuple[int, ...], tuple[int, ...]]
+    weight_first: bool
+    activations: Format | None
+    precision: Any
+    dtype: Any
+
+    def formulation(self, x_shape: tuple[int, ...], q: QTensor) -> Formulation:
+        """How this will be computed, from shapes alone."""
+        weight = jax.eval_shape(self._weight, q)
+        if weight is None:
+            return Formulation(decoded, FLOAT, "its scales do not follow the axes of this matmul")
+        rows = math.prod(x_shape[a] for a in _rest(len(x_shape), self.contracted[0], self.batch[0]))
+        return choose(rows, weight, self.activations)
+
+    def forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
+        """The product in the best arithmetic for the weight's format."""
+        weight, formulation = self._weight(q), self.formulation(x.shape, q)
+        if weight is None:
+            return self.reference(x, q)
+        out = formulation.run(self._tokens(x), weight, self.activations)
+        return self._assembled(out, x.shape, q.shape).astype(self.dtype)
+
+    def reference(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
+        """The product with the decoded weight."""
+        contracted, batch = self.contracted, self.batch
+        operands = (x, decode(q))
+        if self.weight_first:
+            contracted, batch, operands = contracted[::-1], batch[::-1], operands[::-1]
+        numbers = (contracted, batch)
+        return jax.lax.dot_general(*operands, numbers, self.precision, self.dtype)
+
+    def _tokens(self, x: Array) -> Float[Array, "B M K"]:
+        """The activations as rows of a batch of matrices."""
+        contracted, batch = self.contracted[0], self.batch[0]
+        rest = _rest(x.ndim, contracted, batch)
+        moved = jnp.transpose(x, (*batch, *rest, *contracted))
+        return moved.reshape(_sizes(x.shape, batch), _sizes(x.shape, rest), _sizes(x.shape, contracted))
+
+    def _weight(self, q: QTensor) -> QTensor | None:
+        """The weight as a batch of matrices `[B, K, N]`; None where its scales cannot follow."""
+        contracted, batch = self.contracted[1], self.batch[1]
+        order = (*batch, *contracted, *_rest(q.ndim, contracted, batch))
+        sizes = [_sizes(q.shape, axes) for axes in (batch, contracted, _rest(q.ndim, contracted, batch))]
+        moved = views.transpose(q, order)
+        matrices = views.reshape(moved, moved.shape, tuple(sizes))
+        return None if matrices is None else _spread(matrices)
+
+    def _assembled(self, out: Float[Array, "B M N"], x_shape, w_shape) -> Array:
+        """The result in the axes of `dot_general`: batch, those of the left operand, those of the right one."""
+        batch = [x_shape[a] for a in self.batch[0]]
+        of_x = [x_shape[a] for a in _rest(len(x_shape), self.contracted[0], self.batch[0])]
+        of_w = [w_shape[a] for a in _rest(len(w_shape), self.contracted[1], self.batch[1])]
+        if self.weight_first:
+            return jnp.swapaxes(out, 1, 2).reshape(*batch, *of_w, *of_x)
+        return out.reshape(*batch, *of_x, *of_w)
+
+
+def _rest(rank: int, *taken: Sequence[int]) -> tuple[int, ...]:
+    return tuple(a for a in range(rank) if all(a not in axes for axes in taken))
+
+
+def _sizes(shape: Sequence[int], axes: Sequence[int]) -> int:
+    return math.prod(shape[a] for a in axes)
+
+
+def _spread(q: QTensor) -> QTensor:
+    """Gives scales that count groups along the batch or the outputs the full size there."""
+
+    def one(part):
+        batch, groups, outputs = part.shape
+        full = (batch if batch == 1 else q.shape[0], groups, outputs if outputs == 1 else q.shape[2])
+        return views.expand(part, full)
+
+    zero = None if q.zero is None else one(q.zero)
+    return dataclasses.replace(q, scale=one(q.scale), zero=zero)
+
+
+def make_dot(numbers: DimensionNumbers, weight_first: bool, activations: Format | None, precision, dtype) -> Dot:
+    """A `Dot` from the dimension numbers of `jax.lax.dot_general`."""
+    contracted, batch = (tuple(tuple(int(a) for a in axes) for axes in pair) for pair in numbers)
+    if weight_first:
+        contracted, batch = contracted[::-1], batch[::-1]
+    return Dot(contracted, batch, weight_first, activations, precision, jnp.dtype(dtype))
+
+
+def check_activations(activations: Format | None) -> None:
+    """Raises for a format that activations cannot have."""
+    fits = activations is None or (
+        activations.is_integer and activations.symmetric and activations.group is None and activations.per_channel
+    )
+    if not fits:
+        raise FormatError(
+            f"activations={activations}: activations are quantized per token to symmetric integers "
+            "(jq.int8, jq.int4, ...), or kept in floating point with activations=None."
+        )
+
+
+def dot_general(
+    lhs: Float[Array, "..."] | QTensor,
+    rhs: Float[Array, "..."] | QTensor,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+    weights: Format | None = None,
+    activations: Format | None = int8,
+) -> Float[Array, "..."]:
+    """`jax.lax.dot_general` where one operand may be a `QTensor`; with arrays alone it is that function.
+
+    For layers written by hand, and for Flax's hooks: a Flax layer gives its float kernel, so
+    `nn.Dense(64, dot_general=functools.partial(jq.dot_general, weights=jq.int8))` quantizes it on the way in.
+
+    Args:
+      lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
+      weights: the format to write a float `rhs` in first; None to leave it as it is.
+      activations: the per-token format of the other operand, or None to keep it in floating point.
+
+    Raises:
+      FormatError: `activations` is not a symmetric integer format.
+    """
+    check_activations(activations)
+    if weights is not None and not isinstance(rhs, QTensor):
+        rhs = quantize(rhs, weights, axis=tuple(dimension_numbers[0][1]))
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        lhs = decode(lhs)
+    if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
+        options = {} if out_sharding is None else {"out_sharding": out_sharding}
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **options)
+    first = isinstance(lhs, QTensor)
+    x, q = (rhs, lhs) if first else (lhs, rhs)
+    dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)
+    out = apply(make_dot(dimension_numbers, first, activations, precision, dtype), x, q)
+    return out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)

@@ -1,0 +1,157 @@
+"""The rules of the walk: what a matmul, a convolution and a look-up do when they meet a `QTensor`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.format import Format
+from jaxquant.matmul.arithmetic import FLOAT, INTEGER
+from jaxquant.matmul.conv import Conv
+from jaxquant.matmul.derivative import apply
+from jaxquant.matmul.dot import check_activations, make_dot
+from jaxquant.matmul.lookup import pick, picked_axis
+from jaxquant.matmul.ragged import Ragged
+from jaxquant.qtensor import QTensor, decode, is_qtensor
+from jaxquant.trace import Param, Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """An operation met a parameter: what `explain` shows, one row each.
+
+    Args:
+      path: the parameter's path in the tree.
+      operation: the name of the operation.
+      activations, weight: the shapes that met.
+      weight_format, activation_format: in words, such as `int4 g64` and `int8 per-token`.
+      arithmetic: `int8 x int8 -> int32`, `weight-only`, `float`, or `look-up`.
+      reason: why it is not integer arithmetic; empty where it is.
+    """
+
+    path: str
+    operation: str
+    activations: tuple[int, ...] | None
+    weight: tuple[int, ...]
+    weight_format: str
+    activation_format: str
+    arithmetic: str
+    reason: str = ""
+
+
+Record = Callable[[Meeting], None]
+
+
+def rules(activations: Format | None, record: Record | None = None) -> Rules:
+    """The rules of `quantized`; `record` hears of every meeting while the function is traced.
+
+    Raises:
+      FormatError: `activations` is not a symmetric integer format.
+    """
+    check_activations(activations)
+    hear = record or (lambda meeting: None)
+    operations = {
+        "dot_general": lambda *met: _dot(*met, activations, hear),
+        "conv_general_dilated": lambda *met: _conv(*met, activations, hear),
+        "ragged_dot_general": lambda *met: _ragged(*met, activations, hear),
+        "gather": lambda *met: _gather(*met, hear),
+    }
+
+    def decoded(param: Param, why: str) -> jax.Array:
+        hear(_meeting(param, why, None, None, FLOAT, "it has no rule for codes, so it got the decoded array"))
+        return decode(param.value)
+
+    return Rules(is_qtensor, decoded, operations)
+
+
+def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Record):
+    lhs, rhs = inputs
+    first = isinstance(lhs, Param)
+    param, x = (lhs, rhs) if first else (rhs, lhs)
+    if not _fits(param, x, "dot_general", hear) or params.get("out_sharding") is not None:
+        return None
+    numbers, precision = params["dimension_numbers"], params["precision"]
+    dot = make_dot(numbers, first, activations, precision, result.dtype)
+    formulation = dot.formulation(x.shape, param.value)
+    hear(_meeting(param, "dot_general", x, activations, formulation.arithmetic, formulation.reason))
+    return apply(dot, x, param.value)
+
+
+_GEOMETRY = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "batch_group_count",
+    "precision",
+)
+
+
+def _conv(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Record):
+    x, param = inputs
+    if not _fits(param, x, "conv_general_dilated", hear):
+        return None
+    conv = Conv(tuple((name, params[name]) for name in _GEOMETRY), activations, result.dtype)
+    hear(_meeting(param, "conv_general_dilated", x, activations, *conv.arithmetic(param.value)))
+    return apply(conv, x, param.value)
+
+
+def _ragged(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Record):
+    x, param, *sizes = inputs
+    numbers = params["ragged_dot_dimension_numbers"]
+    (contracted, batch) = numbers.dot_dimension_numbers
+    plain = [tuple(map(tuple, contracted)), tuple(map(tuple, batch))] == [((1,), (1,)), ((), ())]
+    plain = plain and tuple(numbers.lhs_ragged_dimensions) == (0,) and tuple(numbers.rhs_group_dimensions) == (0,)
+    if not plain or params["group_offset"] is not None or not _fits(param, x, "ragged_dot", hear):
+        return None
+    ragged = Ragged(activations, params["precision"], result.dtype)
+    hear(_meeting(param, "ragged_dot", x, activations, *ragged.arithmetic(param.value)))
+    return apply(ragged, x, param.value, *sizes)
+
+
+def _gather(inputs: Sequence, params: Mapping[str, Any], result, hear: Record):
+    """Rows that are picked are activations from here on; matrices that are picked (experts) stay in codes."""
+    del result
+    param, indices = inputs
+    if not isinstance(param, Param) or isinstance(indices, Param) or not is_qtensor(param.value):
+        return None
+    axis = picked_axis(param.value.shape, params)
+    if axis is None:
+        return None
+    picked = pick(param.value, indices, axis, params)
+    if len(params["dimension_numbers"].offset_dims) > 1:
+        return param.view(picked)
+    hear(_meeting(param, "gather", indices, None, "look-up", "the rows it picks are decoded"))
+    return decode(picked)
+
+
+def _fits(param, x, operation: str, hear: Record) -> bool:
+    """Whether a quantized weight meets float activations; says why where it does not."""
+    if not isinstance(param, Param) or isinstance(x, Param) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return False
+    if not is_qtensor(param.value):
+        hear(_meeting(param, operation, x, None, FLOAT, "the parameter is not quantized"))
+        return False
+    return True
+
+
+def _meeting(param: Param, operation: str, x, activations, arithmetic: str, reason: str) -> Meeting:
+    value = param.value
+    words = value.description if isinstance(value, QTensor) else jnp.dtype(value.dtype).name
+    taken = "" if x is None else jnp.dtype(x.dtype).name
+    if activations is not None and arithmetic == INTEGER:
+        taken = f"int{activations.bits} per-{'example' if operation == 'conv_general_dilated' else 'token'}"
+    return Meeting(
+        param.path,
+        operation,
+        None if x is None else tuple(x.shape),
+        tuple(value.shape),
+        words,
+        taken,
+        arithmetic,
+        reason,
+    )

@@ -1,0 +1,162 @@
+"""`quantize_params`: a tree of parameters becomes a tree of `QTensor`s.
+
+Which leaves are matrices that a matmul reads, and along which axes it contracts them, is known from the names that
+Flax (Linen, NNX), Equinox, Haiku and plain JAX code give them; `where` overrides the choice of leaves.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxquant.encode import first_nonfinite, quantize
+from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, ShapeError
+from jaxquant.format import Format, int8
+from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.trace import path_name
+
+# Names that hold no matmul's weight, whatever their rank: biases, norms (stacked ones have rank 2), statistics, tables
+# of positions that are added.
+_NO_MATRIX = re.compile(
+    r"(^|/)(batch_stats|cache|[^/]*norm[^/]*|ln[_\d][^/]*|ln|pos[^/]*emb[^/]*)(/|$)"
+    r"|(^|/)([^/]*bias[^/]*|b\d*|scale|gain|gamma|beta|offset|mean|var)$",
+    re.IGNORECASE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The axes of one matrix at the end of an array's shape, and those a matmul contracts, counted from the back."""
+
+    rank: int
+    contracted: tuple[int, ...]
+
+
+def quantize_params(
+    params: PyTree,
+    quantizer: Format = int8,
+    *,
+    where: Callable[[str, Array], bool] | None = None,
+    donate: bool = False,
+) -> PyTree:
+    """Quantizes every floating matrix of a tree that a matmul, a convolution or an embedding would read.
+
+    Biases, norms, batch statistics, integers, PRNG keys and everything that is not an array pass untouched, and so
+    does the tree around them (boxes with metadata included). Scales are per output channel: an array named
+
+        kernel, w, anything else   [*stack, in, out]             query, key, value   [*stack, in, heads, head]
+        conv kernel                [*spatial, in, out]           attention's out     [*stack, heads, head, out]
+        weight (Equinox, torch)    [*stack, out, in, *spatial]   embedding           [*stack, rows, features]
+
+    shares a scale along its inputs. One array on two paths becomes one `QTensor` on both.
+
+    Args:
+      params: Linen variables, an `nnx.State`, an Equinox module, Haiku parameters, or any tree.
+      quantizer: the format.
+      where: `(path, array) -> bool`, asked for every floating array (of any rank) instead of the rule above; paths
+        look like `params/Dense_0/kernel`.
+      donate: release each array as soon as it is quantized, so that the peak is the larger of the two trees and a leaf.
+
+    Returns:
+      The same tree with `QTensor`s; `dequantize` is the inverse.
+
+    Raises:
+      NoMatchError: no array was chosen.
+      NonFiniteError, ShapeError: as `quantize`, naming the path.
+      NotQuantizableError: a chosen leaf is a `QTensor` already.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    named = [(path_name(path), leaf) for path, leaf in leaves]
+    chosen = _chosen(named, where)
+    paths = {path for path, _ in named}
+    kept = {id(leaf) for (_, leaf), pick in zip(named, chosen, strict=True) if not pick}
+    done: dict[int, QTensor] = {}
+    result = []
+    for (path, leaf), pick in zip(named, chosen, strict=True):
+        if pick and id(leaf) not in done:
+            done[id(leaf)] = _convert(path, leaf, quantizer, paths)
+            if donate and id(leaf) not in kept:
+                _release(leaf)
+        result.append(done[id(leaf)] if pick else leaf)
+    return treedef.unflatten(result)
+
+
+def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | None) -> list[bool]:
+    """Which leaves to quantize."""
+    rule = where or _is_matrix
+    candidates = [is_qtensor(leaf) or _is_floating(leaf) for _, leaf in named]
+    chosen = [fits and bool(rule(*pair)) for fits, pair in zip(candidates, named, strict=True)]
+    if not any(chosen):
+        could = [path for fits, (path, _) in zip(candidates, named, strict=True) if fits]
+        raise NoMatchError(
+            f"{'`where`' if where else 'the default rule'} chose none of the floating arrays of this tree: "
+            f"{', '.join(could[:40]) or 'it has none'}."
+        )
+    return chosen
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _is_matrix(path: str, leaf: Any) -> bool:
+    return leaf.ndim >= 2 and not _NO_MATRIX.search(path)
+
+
+def layout(path: str, rank: int, paths: Collection[str] = ()) -> Layout:
+    """The matrix an array holds, by the conventions that `quantize_params` documents.
+
+    Args:
+      path: of the array.
+      rank: of the array.
+      paths: of all arrays of the tree, which tell an attention's `out` from another layer of that name.
+    """
+    *parents, name = path.split("/")
+    parent = parents[-1] if parents else ""
+    if rank < 2:
+        return Layout(rank, (-2,))
+    if rank >= 3 and parent in ("query", "key", "value"):
+        return Layout(3, (-3,))
+    if rank >= 3 and parent == "out" and "/".join([*parents[:-1], "query", name]) in paths:
+        return Layout(3, (-3, -2))
+    if "embedding" in name:
+        return Layout(2, (-1,))
+    convolution = rank >= 4 or (rank == 3 and "conv" in path.lower())
+    if name.startswith("weight"):
+        return Layout(rank, tuple(range(1 - rank, 0))) if convolution else Layout(2, (-1,))
+    return Layout(rank, tuple(range(-rank, -1))) if convolution else Layout(2, (-2,))
+
+
+def _convert(path: str, leaf: Any, format: Format, paths: Collection[str]) -> QTensor:
+    """One leaf in codes, stacks matrix by matrix; errors name its path."""
+    if is_qtensor(leaf):
+        raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
+    array = jnp.asarray(leaf)
+    try:
+        q, finite = _encode(array, format, layout(path, array.ndim, paths))
+    except ShapeError as error:
+        raise ShapeError(f"{path}: {error}") from None
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        raise NonFiniteError(first_nonfinite(array, path))
+    return q
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _encode(array: Array, format: Format, where: Layout) -> tuple[QTensor, Array]:
+    def one(matrix):
+        return quantize(matrix, format, axis=where.contracted)
+
+    for _ in range(array.ndim - where.rank):
+        one = jax.vmap(one)
+    return one(array), jnp.all(jnp.isfinite(array))
+
+
+def _release(leaf: Any) -> None:
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        leaf.delete()

@@ -1,0 +1,155 @@
+"""`QTensor`: an array written in codes, and the way back to floats.
+
+    decode   w ~= (codes - zero) * scale, or levels[codes] * scale
+
+Every axis of `scale` and `zero` divides the same axis of `codes`, so shapes are the configuration: for codes of shape
+(in, out) a scale (1, 1) is per tensor, (1, out) per channel and (in / 64, out) in groups of 64.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxquant.errors import ClosureError, ShapeError
+from jaxquant.format import code_name
+from jaxquant.trace.views import expand
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scale", "zero"],
+    meta_fields=["dtype", "bits", "levels"],
+)
+@dataclasses.dataclass(frozen=True, repr=False)
+class QTensor:
+    """An array in codes: a pytree of arrays that jits, vmaps, scans, shards and donates like any other.
+
+    Args:
+      codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count.
+      scale: float32; each axis divides the same axis of `codes`.
+      zero: integer zero point of the shape of `scale`, or None for a symmetric format.
+      dtype: static; the float dtype the array had, and has again when decoded.
+      bits: static; the width of a code (3-bit codes live in a 4-bit container).
+      levels: static; the codebook, or None.
+    """
+
+    # Any, because a tree may also hold shapes, shardings or gradients in the place of arrays: nothing is checked here.
+    codes: Any
+    scale: Any
+    zero: Any
+    dtype: Any
+    bits: int
+    levels: tuple[float, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array this stands for."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Its rank."""
+        return len(self.codes.shape)
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.codes.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it takes in memory, scales and zero points included; packed int4 is half a byte an element."""
+        return sum(true_bytes(part) for part in jax.tree.leaves(self))
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether its codes are numbers on an integer grid, the kind that int8 matmuls multiply."""
+        return self.levels is None and jnp.issubdtype(self.codes.dtype, jnp.integer)
+
+    @property
+    def description(self) -> str:
+        """Its format in words, such as `int4 g64 affine`, read off the shapes."""
+        dtype = None if jnp.issubdtype(self.codes.dtype, jnp.integer) else self.codes.dtype
+        words = [code_name(self.bits, dtype, self.levels), _granularity(self)]
+        return " ".join(words + (["affine"] if self.zero is not None else []))
+
+    def astype(self, dtype) -> "QTensor":
+        """The same codes, decoded to another float dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def __getitem__(self, index) -> "QTensor":
+        """Slices the leading axes of a stack; the last two, which are a matrix, stay whole."""
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) > max(self.ndim - 2, 0):
+            raise ShapeError(
+                f"{self!r} was indexed along {len(index)} axes: only the axes before the last two (a stack of "
+                "matrices) can be sliced. Use jq.dequantize(q) to index elements."
+            )
+
+        def part(array):
+            leading = (*self.shape[: len(index)], *array.shape[len(index) :])
+            return jnp.broadcast_to(expand(array, leading), leading)[index]
+
+        return jax.tree.map(part, self)
+
+    def __repr__(self) -> str:
+        if not hasattr(self.codes, "dtype"):  # built from shardings or placeholders
+            return f"QTensor(codes={self.codes!r}, scale={self.scale!r}, zero={self.zero!r})"
+        shape = ", ".join(map(str, self.shape))
+        return f"QTensor([{shape}] {jnp.dtype(self.dtype).name} as {self.description}, {self.nbytes:,} bytes)"
+
+    def __jax_array__(self):
+        raise ClosureError(
+            f"{self!r} was used as an array. Pass it as an argument of jq.quantized(fn), which tells fn's matmuls "
+            "what to do with it (a QTensor in a closure is out of its sight), or decode it with jq.dequantize."
+        )
+
+
+def true_bytes(array) -> int:
+    """The bytes an array takes in memory: XLA packs 4- and 2-bit elements, which `.nbytes` does not know."""
+    dtype = array.dtype
+    if jnp.issubdtype(dtype, jnp.integer):
+        return math.ceil(math.prod(array.shape) * jnp.iinfo(dtype).bits / 8)
+    return math.prod(array.shape) * dtype.itemsize
+
+
+def _granularity(q: QTensor) -> str:
+    if math.prod(q.scale.shape) == 1:
+        return "per-tensor"
+    sizes = zip(q.scale.shape, q.codes.shape, strict=True)
+    groups = [n // s for s, n in sizes if s not in (1, n)]
+    return "per-channel" if not groups else f"g{'x'.join(map(str, groups))}"
+
+
+def decode(q: QTensor) -> Float[Array, "..."]:
+    """The float array a `QTensor` stands for: `(codes - zero) * scale`, or `levels[codes] * scale`."""
+    values = _look_up(q.codes, q.levels) if q.levels is not None else q.codes.astype(jnp.float32)
+    if q.zero is not None:
+        values = values - expand(q.zero, q.shape).astype(jnp.float32)
+    return (values * expand(q.scale, q.shape)).astype(q.dtype)
+
+
+def dequantize(tree: PyTree) -> PyTree:
+    """Decodes every `QTensor` of a tree and leaves the rest as it is; the inverse of `quantize_params`."""
+    return jax.tree.map(lambda leaf: decode(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=is_qtensor)
+
+
+def is_qtensor(leaf: Any) -> bool:
+    """Whether a leaf is a `QTensor`, for the `is_leaf` of `jax.tree.map`."""
+    return isinstance(leaf, QTensor)
+
+
+def _look_up(codes: Array, levels: tuple[float, ...]) -> Float[Array, "..."]:
+    """`levels[codes]` as a tree of selects: no gather, which is slow on every backend."""
+    index = codes.astype(jnp.int32) + len(levels) // 2
+
+    def pick(low: int, high: int):
+        middle = (low + high) // 2
+        return levels[low] if high - low == 1 else jnp.where(index < middle, pick(low, middle), pick(middle, high))
+
+    return jnp.asarray(pick(0, len(levels)), jnp.float32)

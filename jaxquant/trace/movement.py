@@ -1,0 +1,101 @@
+"""Equations that only move data: which view of a parameter each one takes.
+
+A missing rule here means a silently decoded weight, so `explain` lists every parameter that was decoded and by what.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+
+from jaxquant.trace import views
+from jaxquant.trace.control import Param
+
+
+def _convert(eqn: JaxprEqn, param: Param) -> Param | None:
+    dtype = eqn.params["new_dtype"]
+    return param.view(param.value.astype(dtype)) if jnp.issubdtype(dtype, jnp.floating) else None
+
+
+def _transpose(eqn: JaxprEqn, param: Param) -> Param:
+    return param.view(views.transpose(param.value, eqn.params["permutation"]))
+
+
+def _reshape(eqn: JaxprEqn, param: Param) -> Param | None:
+    """`reshape`, `squeeze` and `expand_dims` alike: the result's shape says it all."""
+    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
+        return None
+    return param.view(views.reshape(param.value, param.value.shape, eqn.outvars[0].aval.shape))
+
+
+def _broadcast(eqn: JaxprEqn, param: Param) -> Param:
+    new, dimensions = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    return param.view(views.broadcast(param.value, param.value.shape, new, dimensions))
+
+
+def _slice(eqn: JaxprEqn, param: Param) -> Param | None:
+    shape, start, limit = param.value.shape, eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(shape)
+    return param.view(views.cut(param.value, shape, start, limit, strides))
+
+
+def _dynamic_slice(eqn: JaxprEqn, param: Param, *starts) -> Param | None:
+    return param.view(views.dynamic_cut(param.value, param.value.shape, starts, eqn.params["slice_sizes"]))
+
+
+def _constraint(eqn: JaxprEqn, param: Param) -> Param:
+    sharding = eqn.params["sharding"]
+    pin = lambda part: jax.lax.with_sharding_constraint(part, sharding)  # noqa: E731
+    return param.view(views.constrain(param.value, param.value.shape, pin))
+
+
+def _copy(eqn: JaxprEqn, param: Param) -> Param:
+    del eqn
+    return param
+
+
+def _split(eqn: JaxprEqn, param: Param) -> list | None:
+    shape, axis = param.value.shape, eqn.params["axis"]
+    ends = list(accumulate(eqn.params["sizes"]))
+    pieces = [_part(param, shape, axis, end - size, end) for size, end in zip(eqn.params["sizes"], ends, strict=True)]
+    return None if any(piece is None for piece in pieces) else pieces
+
+
+def _part(param: Param, shape, axis: int, begin: int, end: int) -> Param | None:
+    start, limit = [0] * len(shape), list(shape)
+    start[axis], limit[axis] = begin, end
+    return param.view(views.cut(param.value, shape, tuple(start), tuple(limit), (1,) * len(shape)))
+
+
+def _barrier(eqn: JaxprEqn, *operands) -> list:
+    del eqn
+    return list(jax.lax.optimization_barrier(operands))
+
+
+_VIEWS = {
+    "convert_element_type": _convert,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "expand_dims": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "sharding_constraint": _constraint,
+    "copy": _copy,
+    "split": _split,
+    "optimization_barrier": _barrier,
+}
+
+
+def moved(eqn: JaxprEqn, inputs: Sequence) -> list | None:
+    """The results of an equation that moves a parameter; None where it does not, or where no view can be taken."""
+    view = _VIEWS.get(eqn.primitive.name)
+    if view is None or (view is not _barrier and not isinstance(inputs[0], Param)):
+        return None
+    if any(isinstance(x, Param) for x in inputs[1:]) and view is not _barrier:
+        return None
+    result = view(eqn, *inputs)
+    return result if result is None or isinstance(result, list) else [result]

@@ -1,0 +1,162 @@
+"""Stages a function as a jaxpr and evaluates it, parameters going to rules and everything else bound as it was.
+
+    fn --stage--> jaxpr --walk(rules)--> outputs
+
+For each equation: no parameter among its inputs, and it is bound untouched; control flow is walked; movement becomes a
+view; a matmul, convolution or look-up goes to its rule; and anything else gets the decoded array. What comes out is
+ordinary JAX, so `jit`, `grad`, `vmap`, `shard_map` and `export` compose outside.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from jaxquant.trace.control import CONTROL, Param, Walker
+from jaxquant.trace.movement import moved
+
+Rule = Callable[[Sequence, Mapping[str, Any], Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What to do where parameters are met.
+
+    Args:
+      is_param: tells a parameter (a pytree that stands for one array) among the leaves of the arguments.
+      decode: `(param, operation name) -> array`: the float array an operation without a rule gets.
+      operations: by primitive name, `(inputs, equation parameters, result) -> array`, with `Param`s among the inputs
+        and `result` the shape and dtype that must come out; None to decline, and the inputs are decoded.
+    """
+
+    is_param: Callable[[Any], bool]
+    decode: Callable[[Param, str], jax.Array]
+    operations: Mapping[str, Rule]
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A function traced for certain arguments: its jaxpr, the inputs, and how to put the outputs together."""
+
+    jaxpr: ClosedJaxpr
+    inputs: list
+    assemble: Callable[[Sequence], Any]
+
+
+def transform(fn: Callable, rules: Rules) -> Callable:
+    """The same function, evaluated under `rules`."""
+
+    @functools.wraps(fn)
+    def walked(*args, **kwargs):
+        staged = stage(fn, rules, args, kwargs)
+        return staged.assemble(walk(staged.jaxpr, staged.inputs, rules))
+
+    return walked
+
+
+def stage(fn: Callable, rules: Rules, args: tuple, kwargs: Mapping) -> Staged:
+    """Traces `fn` with an array in the place of each parameter; what is no array is static, as in Equinox."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path((args, dict(kwargs)), is_leaf=rules.is_param)
+    places = [i for i, (_, leaf) in enumerate(leaves) if rules.is_param(leaf) or _is_dynamic(leaf)]
+    inputs = [Param(leaf, argument_name(path)) if rules.is_param(leaf) else leaf for path, leaf in leaves]
+    outcome = {}
+
+    def flat(*arrays):
+        values = [leaf for _, leaf in leaves]
+        for place, array in zip(places, arrays, strict=True):
+            values[place] = array
+        call_args, call_kwargs = treedef.unflatten(values)
+        outs, outcome["tree"] = jax.tree.flatten(fn(*call_args, **call_kwargs))
+        outcome["static"] = [None if _is_result(out) else (out,) for out in outs]
+        return [out for out in outs if _is_result(out)]
+
+    jaxpr = jax.make_jaxpr(flat)(*[_aval(inputs[place]) for place in places])
+
+    def assemble(outs):
+        rest = iter(out.value if isinstance(out, Param) else out for out in outs)
+        return outcome["tree"].unflatten([next(rest) if s is None else s[0] for s in outcome["static"]])
+
+    return Staged(jaxpr, [inputs[place] for place in places], assemble)
+
+
+def _is_dynamic(leaf) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _is_result(leaf) -> bool:
+    return _is_dynamic(leaf) or isinstance(leaf, int | float | complex)
+
+
+def _aval(leaf):
+    """What a parameter looks like to the function: an array of its own dtype, wherever its first part is sharded."""
+    if not isinstance(leaf, Param):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.value.shape, leaf.value.dtype)
+
+
+def argument_name(path: Sequence) -> str:
+    """The name of a leaf of `(args, kwargs)`: its path inside its argument, or the argument's place for a bare one."""
+    return path_name(path[2:] or path[1:])
+
+
+def path_name(path: Sequence) -> str:
+    """A leaf's path as `params/Dense_0/kernel`, without the box a framework keeps values in."""
+    boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(tuple(path[:-1] if boxed else path), simple=True, separator="/")
+
+
+def walk(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules) -> list:
+    """Evaluates a jaxpr; a `Param` among the outputs is one that came back unchanged."""
+    walker = Walker(
+        evaluate=lambda inner, args: _evaluate(inner, args, rules, walker),
+        decode=lambda value, why: rules.decode(value, why) if isinstance(value, Param) else value,
+        bind=_bind,
+    )
+    given = {id(x) for x in inputs if isinstance(x, Param)}
+    outs = walker.evaluate(jaxpr, inputs)
+    return [out if id(out) in given else walker.decode(out, "return") for out in outs]
+
+
+def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker) -> list:
+    consts = [jax.numpy.asarray(c) if isinstance(c, np.ndarray) else c for c in jaxpr.consts]
+    env = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*consts, *inputs], strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for eqn in jaxpr.jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        if any(isinstance(value, Param) for value in values):
+            outs = _meet(eqn, values, rules, walker)
+        else:
+            outs = _bind(eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.jaxpr.outvars]
+
+
+def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> list:
+    """An equation with a parameter among its inputs."""
+    name, scope = eqn.primitive.name, str(eqn.source_info.name_stack)
+    with jax.named_scope(scope) if scope else contextlib.nullcontext():
+        if name in CONTROL:
+            outs = CONTROL[name](eqn, inputs, walker)
+        elif name in rules.operations:
+            aval = eqn.outvars[0].aval
+            result = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+            outs = rules.operations[name](inputs, eqn.params, result)
+            outs = outs if outs is None else [outs]
+        else:
+            outs = moved(eqn, inputs)
+    return _bind(eqn, [walker.decode(x, name) for x in inputs]) if outs is None else outs
+
+
+def _bind(eqn: JaxprEqn, inputs: Sequence) -> list:
+    """Evaluates one equation as it is, through the public evaluator, which keeps its context and name scope."""
+    values = {atom: x for atom, x in zip(eqn.invars, inputs, strict=True) if not isinstance(atom, Literal)}
+    jaxpr = Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects)
+    return jax.core.eval_jaxpr(jaxpr, (), *values.values())

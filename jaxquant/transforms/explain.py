@@ -1,0 +1,137 @@
+"""`explain`: what `quantized(fn)` does with every parameter, as a table and as records."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jaxquant import matmul, trace
+from jaxquant.format import Format, int8
+from jaxquant.matmul import Meeting
+from jaxquant.qtensor import is_qtensor
+
+_COLUMNS = ("parameter", "operation", "activations", "weight", "format", "arithmetic", "why")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """One row for each operation that met a parameter; `print` shows the table, `rich.print` shows it in colour.
+
+    Args:
+      meetings: the rows in the order of the program. A loop's body is shown once.
+      unmet: paths of parameters that were quantized and never met a matmul, convolution or look-up in codes.
+    """
+
+    meetings: tuple[Meeting, ...]
+    unmet: tuple[str, ...]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as dictionaries, one key a field of `Meeting`."""
+        return [dataclasses.asdict(meeting) for meeting in self.meetings]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines(lambda text, arithmetic: text))
+
+    def __rich__(self) -> str:
+        # A string of markup is a rich renderable, and needs no import of rich.
+        colours = {matmul.INTEGER: "green", matmul.WEIGHT_ONLY: "yellow", matmul.FLOAT: "red"}
+
+        def paint(text: str, arithmetic: str) -> str:
+            escaped = text.replace("[", "\\[")
+            return f"[{colours[arithmetic]}]{escaped}[/]" if arithmetic in colours else escaped
+
+        return "\n".join(self._lines(paint))
+
+    def _lines(self, paint: Callable[[str, str], str]) -> list[str]:
+        rows = [_cells(meeting) for meeting in self.meetings]
+        widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+        aligned = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (_COLUMNS, *rows)
+        ]
+        shown = [paint(aligned[0], "")]
+        shown += [paint(line, meeting.arithmetic) for line, meeting in zip(aligned[1:], self.meetings, strict=True)]
+        return shown + [paint(f"{path}: quantized, but it never met a matmul in codes", "") for path in self.unmet]
+
+
+def explain(fn: Callable, params: PyTree, *args: Any, activations: Format | None = int8, **kwargs: Any) -> Explanation:
+    """Tells how `quantized(fn, activations=activations)(params, *args)` computes every matmul that reads a parameter.
+
+    Nothing is computed: the function is traced, so arguments may be `jax.ShapeDtypeStruct`s.
+
+    Args:
+      fn: the function, not yet wrapped in `quantized`.
+      params: its first argument, with `QTensor`s in it; arrays that were left in floating point are listed too.
+      *args, **kwargs: its other arguments.
+      activations: as for `quantized`.
+
+    Returns:
+      An `Explanation`: per operation the parameter's path, the shapes, the formats, the arithmetic and the reason
+      where it is not `int8 x int8 -> int32`.
+    """
+    meetings: list[Meeting] = []
+    rules = _watching(matmul.rules(activations, meetings.append))
+    watched = jax.tree.map(_watch, params, is_leaf=is_qtensor)
+    staged = trace.stage(fn, rules, (watched, *args), kwargs)
+    jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_leaf=is_qtensor)
+    quantized = [trace.argument_name(path) for path, leaf in leaves if is_qtensor(leaf)]
+    met = {meeting.path for meeting in meetings if meeting.arithmetic != matmul.FLOAT}
+    return Explanation(tuple(dict.fromkeys(meetings)), tuple(path for path in quantized if path not in met))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Unquantized:
+    """A float array that is watched like a parameter, to say which matmuls it makes float."""
+
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        """The array's dtype."""
+        return self.array.dtype
+
+    def astype(self, dtype) -> "Unquantized":
+        """The array in another dtype."""
+        return Unquantized(self.array.astype(dtype))
+
+
+def _watching(rules: trace.Rules) -> trace.Rules:
+    """The rules of `quantized`, which also follow the arrays that were left in floating point."""
+
+    def decode(param: trace.Param, why: str) -> Array:
+        return rules.decode(param, why) if is_qtensor(param.value) else param.value.array
+
+    def is_param(leaf: Any) -> bool:
+        return is_qtensor(leaf) or isinstance(leaf, Unquantized)
+
+    return dataclasses.replace(rules, is_param=is_param, decode=decode)
+
+
+def _watch(leaf: Any) -> Any:
+    floating = hasattr(leaf, "dtype") and hasattr(leaf, "ndim") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return Unquantized(leaf) if not is_qtensor(leaf) and floating and leaf.ndim >= 2 else leaf
+
+
+def _cells(meeting: Meeting) -> Sequence[str]:
+    activations = "" if meeting.activations is None else f"{list(meeting.activations)} {meeting.activation_format}"
+    weight = str(list(meeting.weight))
+    return (
+        meeting.path,
+        meeting.operation,
+        activations,
+        weight,
+        meeting.weight_format,
+        meeting.arithmetic,
+        meeting.reason,
+    )

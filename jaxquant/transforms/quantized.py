@@ -1,0 +1,33 @@
+"""`quantized`: a function of parameters becomes the same function over `QTensor`s."""
+
+from collections.abc import Callable
+
+from jaxquant import matmul, trace
+from jaxquant.format import Format, int8
+
+
+def quantized(fn: Callable, *, activations: Format | None = int8) -> Callable:
+    """Runs an unmodified function on quantized parameters.
+
+        quantized(fn)(qparams, x)  means  fn(dequantize(qparams), x)
+
+    and only the arithmetic differs: a matmul or convolution that meets integer codes quantizes its activations, a
+    scale per token, and multiplies `int8 x int8 -> int32`; look-ups decode the rows they pick; every other operation
+    gets the decoded array. `jq.explain` tells which is which.
+
+    The result is ordinary JAX: compose it with `jax.jit` (do: it does not compile by itself and traces at each call),
+    `jax.grad`, `jax.vmap`, `jax.export`. Differentiate outside, `grad(quantized(f))`, or the backward matmuls are
+    quantized too. A `QTensor` returned unchanged is returned as it is; what is derived from one is a float array.
+
+    Args:
+      fn: a pure function of pytrees: `model.apply`, `lambda state, x: nnx.merge(graphdef, state)(x)`, an Equinox or
+        Haiku forward, plain JAX. `QTensor`s may stand in any argument. Arguments that are not arrays are static.
+      activations: the per-token format of the activations, or None to keep them in floating point (weight-only).
+
+    Returns:
+      A function of the same arguments and results.
+
+    Raises:
+      FormatError: `activations` is not a symmetric integer format.
+    """
+    return trace.transform(fn, matmul.rules(activations))
