@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxquant.encode import quantize
 from jaxquant.errors import FormatError
 from jaxquant.format import Format, int8
-from jaxquant.matmul.arithmetic import FLOAT, Formulation, choose, decoded
+from jaxquant.matmul.arithmetic import FLOAT, choose
 from jaxquant.matmul.derivative import apply
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
@@ -38,19 +38,20 @@ class Dot:
     precision: Any
     dtype: Any
 
-    def formulation(self, x_shape: tuple[int, ...], q: QTensor) -> Formulation:
-        """How this will be computed, from shapes alone."""
+    def arithmetic(self, x_shape: tuple[int, ...], q: QTensor) -> tuple[str, str]:
+        """How this will be computed, and why not in integers."""
         weight = jax.eval_shape(self._weight, q)
         if weight is None:
-            return Formulation(decoded, FLOAT, "its scales do not follow the axes of this matmul")
-        rows = math.prod(x_shape[a] for a in _rest(len(x_shape), self.contracted[0], self.batch[0]))
-        return choose(rows, weight, self.activations)
+            return FLOAT, "its scales do not follow the axes of this matmul"
+        formulation = choose(self._rows(x_shape), weight, self.activations)
+        return formulation.arithmetic, formulation.reason
 
     def forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """The product in the best arithmetic for the weight's format."""
-        weight, formulation = self._weight(q), self.formulation(x.shape, q)
+        weight = self._weight(q)
         if weight is None:
             return self.reference(x, q)
+        formulation = choose(self._rows(x.shape), weight, self.activations)
         out = formulation.run(self._tokens(x), weight, self.activations)
         return self._assembled(out, x.shape, q.shape).astype(self.dtype)
 
@@ -62,6 +63,9 @@ class Dot:
             contracted, batch, operands = contracted[::-1], batch[::-1], operands[::-1]
         numbers = (contracted, batch)
         return jax.lax.dot_general(*operands, numbers, self.precision, self.dtype)
+
+    def _rows(self, x_shape: tuple[int, ...]) -> int:
+        return _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
 
     def _tokens(self, x: Array) -> Float[Array, "B M K"]:
         """The activations as rows of a batch of matrices."""

@@ -41,17 +41,18 @@ class Meeting:
     reason: str = ""
 
 
-Record = Callable[[Meeting], None]
+# What is heard is a thunk: nobody pays for the description of a meeting unless somebody records it.
+Hear = Callable[[Callable[[], Meeting]], None]
 
 
-def rules(activations: Format | None, record: Record | None = None) -> Rules:
+def rules(activations: Format | None, record: Callable[[Meeting], None] | None = None) -> Rules:
     """The rules of `quantized`; `record` hears of every meeting while the function is traced.
 
     Raises:
       FormatError: `activations` is not a symmetric integer format.
     """
     check_activations(activations)
-    hear = record or (lambda meeting: None)
+    hear = (lambda meeting: record(meeting())) if record else (lambda meeting: None)
     operations = {
         "dot_general": lambda *met: _dot(*met, activations, hear),
         "conv_general_dilated": lambda *met: _conv(*met, activations, hear),
@@ -60,13 +61,13 @@ def rules(activations: Format | None, record: Record | None = None) -> Rules:
     }
 
     def decoded(param: Param, why: str) -> jax.Array:
-        hear(_meeting(param, why, None, None, FLOAT, "it has no rule for codes, so it got the decoded array"))
+        hear(lambda: _meeting(param, why, None, None, FLOAT, "it has no rule for codes, so it got the decoded array"))
         return decode(param.value)
 
     return Rules(is_qtensor, decoded, operations)
 
 
-def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Record):
+def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Hear):
     lhs, rhs = inputs
     first = isinstance(lhs, Param)
     param, x = (lhs, rhs) if first else (rhs, lhs)
@@ -74,8 +75,7 @@ def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear:
         return None
     numbers, precision = params["dimension_numbers"], params["precision"]
     dot = make_dot(numbers, first, activations, precision, result.dtype)
-    formulation = dot.formulation(x.shape, param.value)
-    hear(_meeting(param, "dot_general", x, activations, formulation.arithmetic, formulation.reason))
+    hear(lambda: _meeting(param, "dot_general", x, activations, *dot.arithmetic(x.shape, param.value)))
     return apply(dot, x, param.value)
 
 
@@ -91,16 +91,16 @@ _GEOMETRY = (
 )
 
 
-def _conv(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Record):
+def _conv(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Hear):
     x, param = inputs
     if not _fits(param, x, "conv_general_dilated", hear):
         return None
     conv = Conv(tuple((name, params[name]) for name in _GEOMETRY), activations, result.dtype)
-    hear(_meeting(param, "conv_general_dilated", x, activations, *conv.arithmetic(param.value)))
+    hear(lambda: _meeting(param, "conv_general_dilated", x, activations, *conv.arithmetic(param.value)))
     return apply(conv, x, param.value)
 
 
-def _ragged(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Record):
+def _ragged(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Hear):
     x, param, *sizes = inputs
     numbers = params["ragged_dot_dimension_numbers"]
     (contracted, batch) = numbers.dot_dimension_numbers
@@ -109,11 +109,11 @@ def _ragged(inputs: Sequence, params: Mapping[str, Any], result, activations, he
     if not plain or params["group_offset"] is not None or not _fits(param, x, "ragged_dot", hear):
         return None
     ragged = Ragged(activations, params["precision"], result.dtype)
-    hear(_meeting(param, "ragged_dot", x, activations, *ragged.arithmetic(param.value)))
+    hear(lambda: _meeting(param, "ragged_dot", x, activations, *ragged.arithmetic(param.value)))
     return apply(ragged, x, param.value, *sizes)
 
 
-def _gather(inputs: Sequence, params: Mapping[str, Any], result, hear: Record):
+def _gather(inputs: Sequence, params: Mapping[str, Any], result, hear: Hear):
     """Rows that are picked are activations from here on; matrices that are picked (experts) stay in codes."""
     del result
     param, indices = inputs
@@ -125,16 +125,16 @@ def _gather(inputs: Sequence, params: Mapping[str, Any], result, hear: Record):
     picked = pick(param.value, indices, axis, params)
     if len(params["dimension_numbers"].offset_dims) > 1:
         return param.view(picked)
-    hear(_meeting(param, "gather", indices, None, "look-up", "the rows it picks are decoded"))
+    hear(lambda: _meeting(param, "gather", indices, None, "look-up", "the rows it picks are decoded"))
     return decode(picked)
 
 
-def _fits(param, x, operation: str, hear: Record) -> bool:
+def _fits(param, x, operation: str, hear: Hear) -> bool:
     """Whether a quantized weight meets float activations; says why where it does not."""
     if not isinstance(param, Param) or isinstance(x, Param) or not jnp.issubdtype(x.dtype, jnp.floating):
         return False
     if not is_qtensor(param.value):
-        hear(_meeting(param, operation, x, None, FLOAT, "the parameter is not quantized"))
+        hear(lambda: _meeting(param, operation, x, None, FLOAT, "the parameter is not quantized"))
         return False
     return True
 

@@ -115,7 +115,7 @@ def walk(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules) -> list:
     walker = Walker(
         evaluate=lambda inner, args: _evaluate(inner, args, rules, walker),
         decode=lambda value, why: rules.decode(value, why) if isinstance(value, Param) else value,
-        bind=_bind,
+        bind=_bind_one,
     )
     given = {id(x) for x in inputs if isinstance(x, Param)}
     outs = walker.evaluate(jaxpr, inputs)
@@ -126,17 +126,17 @@ def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker
     consts = [jax.numpy.asarray(c) if isinstance(c, np.ndarray) else c for c in jaxpr.consts]
     env = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*consts, *inputs], strict=True))
 
-    def read(atom):
-        return atom.val if isinstance(atom, Literal) else env[atom]
-
+    untouched: list[JaxprEqn] = []
     for eqn in jaxpr.jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        if any(isinstance(value, Param) for value in values):
-            outs = _meet(eqn, values, rules, walker)
+        if any(isinstance(env.get(atom), Param) for atom in eqn.invars if not isinstance(atom, Literal)):
+            env.update(_bind(untouched, env))
+            untouched = []
+            values = [_read(env, atom) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, _meet(eqn, values, rules, walker), strict=True))
         else:
-            outs = _bind(eqn, values)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(atom) for atom in jaxpr.jaxpr.outvars]
+            untouched.append(eqn)
+    env.update(_bind(untouched, env))
+    return [_read(env, atom) for atom in jaxpr.jaxpr.outvars]
 
 
 def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> list:
@@ -152,11 +152,24 @@ def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> list
             outs = outs if outs is None else [outs]
         else:
             outs = moved(eqn, inputs)
-    return _bind(eqn, [walker.decode(x, name) for x in inputs]) if outs is None else outs
+    return _bind_one(eqn, [walker.decode(x, name) for x in inputs]) if outs is None else outs
 
 
-def _bind(eqn: JaxprEqn, inputs: Sequence) -> list:
-    """Evaluates one equation as it is, through the public evaluator, which keeps its context and name scope."""
-    values = {atom: x for atom, x in zip(eqn.invars, inputs, strict=True) if not isinstance(atom, Literal)}
-    jaxpr = Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects)
-    return jax.core.eval_jaxpr(jaxpr, (), *values.values())
+def _read(env: Mapping, atom):
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def _bind_one(eqn: JaxprEqn, inputs: Sequence) -> list:
+    """Evaluates one equation as it is, on other inputs than those it had."""
+    results = _bind([eqn], dict(zip(eqn.invars, inputs, strict=True)))
+    return [results[var] for var in eqn.outvars]
+
+
+def _bind(eqns: Sequence[JaxprEqn], env: Mapping) -> dict:
+    """Evaluates equations as they are, through the public evaluator, which keeps their contexts and name scopes."""
+    results = dict.fromkeys(var for eqn in eqns for var in eqn.outvars)
+    atoms = (atom for eqn in eqns for atom in eqn.invars if not isinstance(atom, Literal))
+    needed = list(dict.fromkeys(atom for atom in atoms if atom not in results))
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    jaxpr = Jaxpr((), needed, list(results), eqns, effects)
+    return dict(zip(results, jax.core.eval_jaxpr(jaxpr, (), *[env[var] for var in needed]), strict=True))
