@@ -10,12 +10,13 @@ Which one is fastest for a shape or a platform is known here and nowhere else.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
-from jaxquant.encode import quantize
+from jaxquant.encode import Axes, quantize
 from jaxquant.format import Format, int8
 from jaxquant.qtensor import QTensor, decode
 
@@ -23,10 +24,10 @@ INTEGER = "int8 x int8 -> int32"
 WEIGHT_ONLY = "weight-only"
 FLOAT = "float"
 
-# |activation code| <= 127 and |code - zero| <= 255: longer sums could overflow an int32.
-_LONGEST = (2**31 - 1) // (127 * 255)
-# Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums (measured, docs/design.md).
-_FEW_ROWS = 16
+# |activation code| <= 128 and |code - zero| <= 255: longer sums could overflow an int32.
+_LONGEST = (2**31 - 1) // (128 * 255)
+# Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
+_FEW_ROWS = 4
 # Up to this many rows three int8 digits of the activations are cheaper than decoding the weight.
 _FEW_DIGITS = 8
 
@@ -54,7 +55,7 @@ def choose(rows: int, q: QTensor, activations: Format | None) -> Formulation:
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1):
         return Formulation(decoded, FLOAT, "it has a scale for every input")
     if activations is None:
-        digits_pay = rows <= _FEW_DIGITS and groups < inputs
+        digits_pay = rows <= _FEW_DIGITS and groups == 1
         return Formulation(digits if digits_pay else decoded, WEIGHT_ONLY, "activations=None")
     if groups == inputs > 1:
         return Formulation(folded, INTEGER)
@@ -64,9 +65,12 @@ def choose(rows: int, q: QTensor, activations: Format | None) -> Formulation:
 
 
 def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
-    """Codes times codes, scales after."""
-    codes, scale = quantize_tokens(x, activations)
-    return scale * _codes_dot(codes, q)
+    """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums."""
+    tokens = quantize_tokens(x, activations)
+    if tokens.zero is None:
+        return tokens.scale * _codes_dot(tokens.codes, q)
+    sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q)
+    return tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
 
 
 def folded(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
@@ -77,8 +81,10 @@ def folded(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[A
 
 def decoded_codes(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
     """The numbers of `integer`, multiplied as floats: the codes of the activations with the decoded weight."""
-    codes, scale = quantize_tokens(x, activations)
-    return scale * _float_dot(codes.astype(jnp.float32), decode(q.astype(jnp.float32)))
+    tokens = quantize_tokens(x, activations)
+    codes = tokens.codes.astype(jnp.float32)
+    centred = codes if tokens.zero is None else codes - tokens.zero
+    return tokens.scale * _float_dot(centred, decode(q.astype(jnp.float32)))
 
 
 def decoded(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> Float[Array, "B M N"]:
@@ -98,10 +104,10 @@ def digits(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> 
     def as_digits(x, q):
         rest, codes, scales = x.astype(jnp.float32), [], []
         for _ in range(3):
-            code, scale = quantize_tokens(rest, int8)
-            rest = rest - code.astype(jnp.float32) * scale
-            codes.append(code)
-            scales.append(scale)
+            digit = quantize_tokens(rest, int8)
+            rest = rest - digit.codes.astype(jnp.float32) * digit.scale
+            codes.append(digit.codes)
+            scales.append(digit.scale)
         parts = jnp.split(_codes_dot(jnp.concatenate(codes, 1), q), 3, axis=1)
         return sum(scale * part for scale, part in zip(scales, parts, strict=True))
 
@@ -111,12 +117,21 @@ def digits(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> 
     return jax.lax.platform_dependent(x, q, cpu=as_digits, default=as_floats)
 
 
-def quantize_tokens(x: Float[Array, "*rows K"], activations: Format) -> tuple[Int8[Array, "*rows K"], Array]:
-    """Codes and scale `[*rows, 1]` of each token; NaN is the scale of a token that has a NaN or an infinity."""
-    q = quantize(x, activations, axis=-1)
+class Tokens(NamedTuple):
+    """Activations in codes: `x = (codes - zero) * scale`, a scale and a zero point for each token."""
+
+    codes: Int8[Array, "*rows K"]
+    scale: Float[Array, "*ones"]
+    zero: Float[Array, "*ones"] | None
+
+
+def quantize_tokens(x: Float[Array, "..."], activations: Format, axis: Axes = -1) -> Tokens:
+    """Quantizes activations along `axis`; NaN is the scale of a token that has a NaN or an infinity."""
+    q = quantize(x, activations, axis=axis)
     # An explicit test, because a maximum may swallow a NaN on CPU.
-    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
-    return q.codes.astype(jnp.int8), jnp.where(finite, q.scale, jnp.nan)
+    finite = jnp.all(jnp.isfinite(x), axis=axis, keepdims=True)
+    zero = None if q.zero is None else q.zero.astype(jnp.float32)
+    return Tokens(q.codes.astype(jnp.int8), jnp.where(finite, q.scale, jnp.nan), zero)
 
 
 def _codes_dot(codes: Int8[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:

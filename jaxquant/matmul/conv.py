@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.encode import quantize
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import FLOAT, INTEGER, WEIGHT_ONLY
+from jaxquant.matmul.arithmetic import FLOAT, INTEGER, WEIGHT_ONLY, quantize_tokens
 from jaxquant.qtensor import QTensor, decode
 
 
@@ -44,29 +43,31 @@ class Conv:
             return self.reference(x, q)
         numbers = self._numbers()
         example = tuple(axis for axis in range(x.ndim) if axis != numbers.lhs_spec[0])
-        codes = quantize(x, self.activations, axis=example)
-        finite = jnp.all(jnp.isfinite(x), axis=example, keepdims=True)
-        of_example = jnp.where(finite, codes.scale, jnp.nan).reshape(-1)
-        image, kernel = codes.codes.astype(jnp.int8), q.codes.astype(jnp.int8)
-        total = self._convolve(image, kernel, jnp.int32) - self._of_zero(image, q)
-        out = total.astype(jnp.float32) * _along(of_example, numbers.out_spec[0], x.ndim)
+        image = quantize_tokens(x, self.activations, axis=example)
+        sums = self._sums(image.codes, q).astype(jnp.float32)
+        if image.zero is not None:
+            # The sums of the kernel under the image, which are smaller at the borders: padding is zero, not `zero`.
+            ones = jnp.ones_like(jax.lax.slice_in_dim(image.codes, 0, 1, axis=numbers.lhs_spec[0]))
+            under = self._sums(ones, q).astype(jnp.float32)
+            sums = sums - _along(image.zero.reshape(-1), numbers.out_spec[0], x.ndim) * under
+        out = sums * _along(image.scale.reshape(-1), numbers.out_spec[0], x.ndim)
         return (out * _along(q.scale.reshape(-1), numbers.out_spec[1], x.ndim)).astype(self.dtype)
 
     def reference(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """The convolution with the decoded kernel."""
         return self._convolve(x, decode(q), None).astype(self.dtype)
 
-    def _of_zero(self, image: Array, q: QTensor) -> Array:
-        """What the zero points add: `zero * (the image under a kernel of ones)`, one such sum per feature group."""
+    def _sums(self, image: Array, q: QTensor) -> Array:
+        """`image * (codes - zero)` in int32: a zero point is times an image under ones, per feature group."""
+        total = self._convolve(image, q.codes.astype(jnp.int8), jnp.int32)
         if q.zero is None:
-            return jnp.zeros((), jnp.int32)
+            return total
         numbers, groups = self._numbers(), dict(self.geometry)["feature_group_count"]
-        ones = list(q.shape)
+        outputs, ones = q.shape[numbers.rhs_spec[0]], list(q.shape)
         ones[numbers.rhs_spec[0]] = groups
-        sums = self._convolve(image, jnp.ones(ones, jnp.int8), jnp.int32)
-        outputs = q.shape[numbers.rhs_spec[0]]
-        sums = jnp.repeat(sums, outputs // groups, axis=numbers.out_spec[1], total_repeat_length=outputs)
-        return sums * _along(q.zero.reshape(-1), numbers.out_spec[1], image.ndim).astype(jnp.int32)
+        under = self._convolve(image, jnp.ones(ones, jnp.int8), jnp.int32)
+        under = jnp.repeat(under, outputs // groups, axis=numbers.out_spec[1], total_repeat_length=outputs)
+        return total - under * _along(q.zero.reshape(-1), numbers.out_spec[1], image.ndim).astype(jnp.int32)
 
     def _convolve(self, x: Array, kernel: Array, dtype) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, **dict(self.geometry), preferred_element_type=dtype)

@@ -123,13 +123,12 @@ def make_dot(numbers: DimensionNumbers, weight_first: bool, activations: Format 
 
 def check_activations(activations: Format | None) -> None:
     """Raises for a format that activations cannot have."""
-    fits = activations is None or (
-        activations.is_integer and activations.symmetric and activations.group is None and activations.per_channel
-    )
-    if not fits:
+    if activations is None:
+        return
+    if not activations.is_integer or activations.group is not None or not activations.per_channel:
         raise FormatError(
-            f"activations={activations}: activations are quantized per token to symmetric integers "
-            "(jq.int8, jq.int4, ...), or kept in floating point with activations=None."
+            f"activations={activations}: activations are quantized to integers per token (jq.int8, "
+            "jq.int8(symmetric=False), jq.int4, ...), or kept in floating point with activations=None."
         )
 
 
@@ -155,7 +154,7 @@ def dot_general(
       activations: the per-token format of the other operand, or None to keep it in floating point.
 
     Raises:
-      FormatError: `activations` is not a symmetric integer format.
+      FormatError: `activations` is not an integer format per token.
     """
     check_activations(activations)
     if weights is not None and not isinstance(rhs, QTensor):

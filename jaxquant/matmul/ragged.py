@@ -35,14 +35,21 @@ class Ragged:
         """The product in the best arithmetic for the experts' format."""
         if self.activations is None or self.arithmetic(q)[0] != INTEGER:
             return self.reference(x, q, sizes)
-        codes, of_token = quantize_tokens(x, self.activations)
-        total = jax.lax.ragged_dot(codes, q.codes.astype(jnp.int8), sizes, preferred_element_type=jnp.int32)
-        expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0], dtype=sizes.dtype), side="right")
+        tokens = quantize_tokens(x, self.activations)
+        weights = q.codes.astype(jnp.int8)
+        sums = jax.lax.ragged_dot(tokens.codes, weights, sizes, preferred_element_type=jnp.int32)
+        ends = jnp.cumsum(sizes)
+        expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=sizes.dtype), side="right")
+        columns = jnp.sum(weights, axis=1, dtype=jnp.int32, keepdims=True)
         if q.zero is not None:
-            inside = (expert < q.shape[0])[:, None]
-            zero = jnp.where(inside, _of_expert(q.zero, expert).astype(jnp.int32), 0)
-            total = total - zero * jnp.sum(codes, axis=-1, dtype=jnp.int32, keepdims=True)
-        return (total.astype(jnp.float32) * of_token * _of_expert(q.scale, expert)).astype(self.dtype)
+            zero = q.zero.astype(jnp.int32)
+            columns = columns - zero * q.shape[1]
+            sums = sums - _of_expert(zero, expert) * jnp.sum(tokens.codes, axis=-1, dtype=jnp.int32, keepdims=True)
+        out = sums.astype(jnp.float32)
+        if tokens.zero is not None:
+            out = out - tokens.zero * _of_expert(columns, expert).astype(jnp.float32)
+        served = (jnp.arange(x.shape[0], dtype=sizes.dtype) < ends[-1])[:, None]
+        return jnp.where(served, out * tokens.scale * _of_expert(q.scale, expert), 0).astype(self.dtype)
 
     def reference(self, x: Float[Array, "M K"], q: QTensor, sizes: Int[Array, " E"]) -> Float[Array, "M N"]:
         """The product with the decoded experts."""

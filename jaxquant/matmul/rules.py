@@ -49,7 +49,7 @@ def rules(activations: Format | None, record: Callable[[Meeting], None] | None =
     """The rules of `quantized`; `record` hears of every meeting while the function is traced.
 
     Raises:
-      FormatError: `activations` is not a symmetric integer format.
+      FormatError: `activations` is not an integer format per token.
     """
     check_activations(activations)
     hear = (lambda meeting: record(meeting())) if record else (lambda meeting: None)

@@ -28,6 +28,6 @@ def quantized(fn: Callable, *, activations: Format | None = int8) -> Callable:
       A function of the same arguments and results.
 
     Raises:
-      FormatError: `activations` is not a symmetric integer format.
+      FormatError: `activations` is not an integer format per token.
     """
     return trace.transform(fn, matmul.rules(activations))
