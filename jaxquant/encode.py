@@ -4,11 +4,13 @@ encode   codes = clamp(round(w / scale) + zero, qmin, qmax)
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -49,7 +51,7 @@ def quantize(w: ArrayLike, format: Format = int8, *, axis: Axes = -2, clip: Arra
         raise NotQuantizableError(f"{w!r} is quantized already; quantize jq.dequantize(q) if that is what you want.")
     w = _float_array(w)
     axes = _contracted(w.shape, format, axis)
-    if not isinstance(w, jax.core.Tracer) and not jnp.all(jnp.isfinite(w)):
+    if not isinstance(w, Tracer) and not jnp.all(jnp.isfinite(w)):
         raise NonFiniteError(first_nonfinite(w, "w"))
     return _quantize(w, jnp.asarray(clip, jnp.float32), format, axes)
 
@@ -150,7 +152,7 @@ def _encode(w: Array, scale: Array, zero: Array, format: Format) -> Array:
     ratio = w.astype(jnp.float32) / expand(scale, w.shape)
     if format.levels is not None:
         middles = [(a + b) / 2 for a, b in zip(format.levels, format.levels[1:], strict=False)]
-        above = sum((ratio > middle).astype(jnp.int32) for middle in middles)
+        above = functools.reduce(operator.add, [(ratio > middle).astype(jnp.int32) for middle in middles])
         return above - len(format.levels) // 2
     if format.dtype is not None:
         return jnp.clip(ratio, format.qmin, format.qmax)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxquant.encode import first_nonfinite, quantize
@@ -142,7 +143,7 @@ def _convert(path: str, leaf: Any, format: Format, paths: Collection[str]) -> QT
         q, finite = _encode(array, format, layout(path, array.ndim, paths))
     except ShapeError as error:
         raise ShapeError(f"{path}: {error}") from None
-    if not isinstance(finite, jax.core.Tracer) and not finite:
+    if not isinstance(finite, Tracer) and not finite:
         raise NonFiniteError(first_nonfinite(array, path))
     return q
 
@@ -158,5 +159,5 @@ def _encode(array: Array, format: Format, where: Layout) -> tuple[QTensor, Array
 
 
 def _release(leaf: Any) -> None:
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
         leaf.delete()

@@ -9,6 +9,8 @@ Which one is fastest for a shape or a platform is known here and nowhere else.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ _FEW_DIGITS = 8
 class Formulation:
     """One way to multiply, what to call its arithmetic, and why it is not an integer one."""
 
-    run: Callable[[Array, QTensor, Format | None], Array]
+    run: Callable[[Array, QTensor], Array]
     arithmetic: str
     reason: str = ""
 
@@ -58,10 +60,11 @@ def choose(rows: int, q: QTensor, activations: Format | None) -> Formulation:
         digits_pay = rows <= _FEW_DIGITS and groups == 1
         return Formulation(digits if digits_pay else decoded, WEIGHT_ONLY, "activations=None")
     if groups == inputs > 1:
-        return Formulation(folded, INTEGER)
+        return Formulation(functools.partial(folded, activations=activations), INTEGER)
     if groups > 1 and rows > _FEW_ROWS:
-        return Formulation(decoded_codes, FLOAT, f"with {groups} groups and {rows} rows it is faster decoded")
-    return Formulation(integer, INTEGER)
+        run = functools.partial(decoded_codes, activations=activations)
+        return Formulation(run, FLOAT, f"with {groups} groups and {rows} rows it is faster decoded")
+    return Formulation(functools.partial(integer, activations=activations), INTEGER)
 
 
 def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
@@ -87,14 +90,13 @@ def decoded_codes(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> 
     return tokens.scale * _float_dot(centred, decode(q.astype(jnp.float32)))
 
 
-def decoded(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> Float[Array, "B M N"]:
+def decoded(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     """The decoded weight in a float matmul."""
-    del activations
     x = x.astype(jnp.promote_types(x.dtype, q.dtype))
     return _float_dot(x, decode(q.astype(x.dtype)))
 
 
-def digits(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> Float[Array, "B M N"]:
+def digits(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     """Float activations against integer codes without decoding them, where that is slow (CPU).
 
     `x = s1 c1 + s2 c2 + s3 c3` with each digit the int8 code of what the ones before it left, which is exact to
@@ -109,10 +111,10 @@ def digits(x: Float[Array, "B M K"], q: QTensor, activations: Format | None) -> 
             codes.append(digit.codes)
             scales.append(digit.scale)
         parts = jnp.split(_codes_dot(jnp.concatenate(codes, 1), q), 3, axis=1)
-        return sum(scale * part for scale, part in zip(scales, parts, strict=True))
+        return functools.reduce(operator.add, map(operator.mul, scales, parts))
 
     def as_floats(x, q):
-        return decoded(x, q, activations).astype(jnp.float32)
+        return decoded(x, q).astype(jnp.float32)
 
     return jax.lax.platform_dependent(x, q, cpu=as_digits, default=as_floats)
 

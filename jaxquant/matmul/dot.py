@@ -52,7 +52,7 @@ class Dot:
         if weight is None:
             return self.reference(x, q)
         formulation = choose(self._rows(x.shape), weight, self.activations)
-        out = formulation.run(self._tokens(x), weight, self.activations)
+        out = formulation.run(self._tokens(x), weight)
         return self._assembled(out, x.shape, q.shape).astype(self.dtype)
 
     def reference(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
@@ -60,9 +60,8 @@ class Dot:
         contracted, batch = self.contracted, self.batch
         operands = (x, decode(q))
         if self.weight_first:
-            contracted, batch, operands = contracted[::-1], batch[::-1], operands[::-1]
-        numbers = (contracted, batch)
-        return jax.lax.dot_general(*operands, numbers, self.precision, self.dtype)
+            contracted, batch, operands = _swap(contracted), _swap(batch), _swap(operands)
+        return jax.lax.dot_general(operands[0], operands[1], (contracted, batch), self.precision, self.dtype)
 
     def _rows(self, x_shape: tuple[int, ...]) -> int:
         return _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
@@ -93,6 +92,10 @@ class Dot:
         return out.reshape(*batch, *of_x, *of_w)
 
 
+def _swap(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    return pair[1], pair[0]
+
+
 def _rest(rank: int, *taken: Sequence[int]) -> tuple[int, ...]:
     return tuple(a for a in range(rank) if all(a not in axes for axes in taken))
 
@@ -115,9 +118,9 @@ def _spread(q: QTensor) -> QTensor:
 
 def make_dot(numbers: DimensionNumbers, weight_first: bool, activations: Format | None, precision, dtype) -> Dot:
     """A `Dot` from the dimension numbers of `jax.lax.dot_general`."""
-    contracted, batch = (tuple(tuple(int(a) for a in axes) for axes in pair) for pair in numbers)
+    contracted, batch = ((tuple(map(int, pair[0])), tuple(map(int, pair[1]))) for pair in numbers)
     if weight_first:
-        contracted, batch = contracted[::-1], batch[::-1]
+        contracted, batch = _swap(contracted), _swap(batch)
     return Dot(contracted, batch, weight_first, activations, precision, jnp.dtype(dtype))
 
 

@@ -54,10 +54,10 @@ def rules(activations: Format | None, record: Callable[[Meeting], None] | None =
     check_activations(activations)
     hear = (lambda meeting: record(meeting())) if record else (lambda meeting: None)
     operations = {
-        "dot_general": lambda *met: _dot(*met, activations, hear),
-        "conv_general_dilated": lambda *met: _conv(*met, activations, hear),
-        "ragged_dot_general": lambda *met: _ragged(*met, activations, hear),
-        "gather": lambda *met: _gather(*met, hear),
+        "dot_general": lambda inputs, params, result: _dot(inputs, params, result, activations, hear),
+        "conv_general_dilated": lambda inputs, params, result: _conv(inputs, params, result, activations, hear),
+        "ragged_dot_general": lambda inputs, params, result: _ragged(inputs, params, result, activations, hear),
+        "gather": lambda inputs, params, _: _gather(inputs, params, hear),
     }
 
     def decoded(param: Param, why: str) -> jax.Array:
@@ -113,9 +113,8 @@ def _ragged(inputs: Sequence, params: Mapping[str, Any], result, activations, he
     return apply(ragged, x, param.value, *sizes)
 
 
-def _gather(inputs: Sequence, params: Mapping[str, Any], result, hear: Hear):
+def _gather(inputs: Sequence, params: Mapping[str, Any], hear: Hear):
     """Rows that are picked are activations from here on; matrices that are picked (experts) stay in codes."""
-    del result
     param, indices = inputs
     if not isinstance(param, Param) or isinstance(indices, Param) or not is_qtensor(param.value):
         return None

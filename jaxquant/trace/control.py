@@ -25,9 +25,9 @@ class Param:
     value: Any
     path: str
 
-    def view(self, value) -> "Param | None":
-        """The same parameter seen through a view; None for a view that could not be taken."""
-        return None if value is None else dataclasses.replace(self, value=value)
+    def view(self, value) -> "Param":
+        """The same parameter seen through a view."""
+        return dataclasses.replace(self, value=value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ A missing rule here means a silently decoded weight, so `explain` lists every pa
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,17 @@ from jax.extend.core import JaxprEqn
 
 from jaxquant.trace import views
 from jaxquant.trace.control import Param
+
+
+def result_of(eqn: JaxprEqn) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an equation's first result."""
+    aval: Any = eqn.outvars[0].aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _if_taken(param: Param, bundle) -> Param | None:
+    """The parameter through a view that may not exist."""
+    return None if bundle is None else param.view(bundle)
 
 
 def _convert(eqn: JaxprEqn, param: Param) -> Param | None:
@@ -27,7 +39,7 @@ def _reshape(eqn: JaxprEqn, param: Param) -> Param | None:
     """`reshape`, `squeeze` and `expand_dims` alike: the result's shape says it all."""
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return None
-    return param.view(views.reshape(param.value, param.value.shape, eqn.outvars[0].aval.shape))
+    return _if_taken(param, views.reshape(param.value, param.value.shape, result_of(eqn).shape))
 
 
 def _broadcast(eqn: JaxprEqn, param: Param) -> Param:
@@ -38,11 +50,11 @@ def _broadcast(eqn: JaxprEqn, param: Param) -> Param:
 def _slice(eqn: JaxprEqn, param: Param) -> Param | None:
     shape, start, limit = param.value.shape, eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(shape)
-    return param.view(views.cut(param.value, shape, start, limit, strides))
+    return _if_taken(param, views.cut(param.value, shape, start, limit, strides))
 
 
 def _dynamic_slice(eqn: JaxprEqn, param: Param, *starts) -> Param | None:
-    return param.view(views.dynamic_cut(param.value, param.value.shape, starts, eqn.params["slice_sizes"]))
+    return _if_taken(param, views.dynamic_cut(param.value, param.value.shape, starts, eqn.params["slice_sizes"]))
 
 
 def _constraint(eqn: JaxprEqn, param: Param) -> Param:
@@ -66,7 +78,7 @@ def _split(eqn: JaxprEqn, param: Param) -> list | None:
 def _part(param: Param, shape, axis: int, begin: int, end: int) -> Param | None:
     start, limit = [0] * len(shape), list(shape)
     start[axis], limit[axis] = begin, end
-    return param.view(views.cut(param.value, shape, tuple(start), tuple(limit), (1,) * len(shape)))
+    return _if_taken(param, views.cut(param.value, shape, tuple(start), tuple(limit), (1,) * len(shape)))
 
 
 def _barrier(eqn: JaxprEqn, *operands) -> list:

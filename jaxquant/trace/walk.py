@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jaxquant.trace.control import CONTROL, Param, Walker
-from jaxquant.trace.movement import moved
+from jaxquant.trace.movement import moved, result_of
 
 Rule = Callable[[Sequence, Mapping[str, Any], Any], Any]
 
@@ -146,9 +147,7 @@ def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> list
         if name in CONTROL:
             outs = CONTROL[name](eqn, inputs, walker)
         elif name in rules.operations:
-            aval = eqn.outvars[0].aval
-            result = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-            outs = rules.operations[name](inputs, eqn.params, result)
+            outs = rules.operations[name](inputs, eqn.params, result_of(eqn))
             outs = outs if outs is None else [outs]
         else:
             outs = moved(eqn, inputs)
@@ -172,4 +171,4 @@ def _bind(eqns: Sequence[JaxprEqn], env: Mapping) -> dict:
     needed = list(dict.fromkeys(atom for atom in atoms if atom not in results))
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     jaxpr = Jaxpr((), needed, list(results), eqns, effects)
-    return dict(zip(results, jax.core.eval_jaxpr(jaxpr, (), *[env[var] for var in needed]), strict=True))
+    return dict(zip(results, eval_jaxpr(jaxpr, (), *[env[var] for var in needed]), strict=True))
