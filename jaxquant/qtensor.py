@@ -85,6 +85,7 @@ class QTensor:
     def __getitem__(self, index) -> "QTensor":
         """Slices the leading axes of a stack; the last two, which are a matrix, stay whole."""
         index = index if isinstance(index, tuple) else (index,)
+        index = index[:-1] if index and index[-1] is Ellipsis else index
         if len(index) > max(self.ndim - 2, 0):
             raise ShapeError(
                 f"{self!r} was indexed along {len(index)} axes: only the axes before the last two (a stack of "

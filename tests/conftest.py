@@ -1,14 +1,17 @@
-"""Checks shapes and types of everything in jaxquant while the tests run, and forbids silent dtype promotion."""
+"""Checks shapes and types of everything in jaxquant while the tests run, and forbids silent promotion."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 from jaxtyping import install_import_hook
 
+# Before the first import of jaxquant, which stays instrumented when the hook is closed.
 _hook = install_import_hook("jaxquant", "beartype.beartype")
+import jaxquant  # noqa: E402, F401
 
-import jax  # noqa: E402
+_hook.uninstall()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

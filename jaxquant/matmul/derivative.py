@@ -5,13 +5,14 @@ dy = d reference(x, decode(q))      straight through the rounding of the activat
 """
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 
+@runtime_checkable
 class Operation(Protocol):
     """An operation on activations and a weight in codes, as hashable data: equal ones share one trace."""
 
