@@ -70,10 +70,11 @@ class Format:
             raise FormatError(f"group={self.group!r}: a group is a positive whole number of inputs, or None.")
         if self.group is not None and not self.per_channel:
             raise FormatError(f"group={self.group} with per_channel=False: give one of the two.")
-        if self.dtype is not None and not (self.bits == 8 and self.dtype in _FLOATS):
-            raise FormatError(
-                f"dtype={self.dtype!r} with bits={self.bits}: float codes are 8-bit float8_e4m3fn or float8_e5m2."
-            )
+        if not (isinstance(self.symmetric, bool) and isinstance(self.per_channel, bool)):
+            raise FormatError(f"symmetric={self.symmetric!r}, per_channel={self.per_channel!r}: each is True or False.")
+        if self.dtype is not None:
+            # One spelling, so that formats that are equal hash alike.
+            object.__setattr__(self, "dtype", _float8(self.dtype, self.bits))
         if self.levels is not None:
             _check_levels(self.levels, self.bits)
         if self.dtype is not None and self.levels is not None:
@@ -122,6 +123,14 @@ def code_name(bits: int, dtype, levels) -> str:
     if levels is not None:
         return "nf4" if levels == NF4_LEVELS else f"codebook{bits}"
     return f"int{bits}" if dtype is None else jnp.dtype(dtype).name
+
+
+def _float8(dtype, bits: int):
+    known = [jnp.dtype(float8) for float8 in _FLOATS]
+    if bits != 8 or dtype not in known:
+        names = " or ".join(float8.name for float8 in known)
+        raise FormatError(f"dtype={dtype!r} with bits={bits}: float codes are 8-bit {names}.")
+    return jnp.dtype(dtype)
 
 
 def _check_levels(levels, bits: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import FLOAT, INTEGER, WEIGHT_ONLY, quantize_tokens
@@ -76,6 +76,6 @@ class Conv:
         return dict(self.geometry)["dimension_numbers"]
 
 
-def _along(vector: Float[Array, " n"], axis: int, rank: int) -> Array:
+def _along(vector: Shaped[Array, " n"], axis: int, rank: int) -> Array:
     """A vector laid along one axis of an array of a rank."""
     return vector.reshape([vector.size if a == axis else 1 for a in range(rank)])
