@@ -4,6 +4,7 @@ encode   codes = clamp(round(w / scale) + zero, qmin, qmax)
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 
@@ -119,13 +120,14 @@ def _quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> Q
 
 def _fit(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """The scale and zero point of each group's range, in float32."""
-    members, over = _grouped(w.astype(jnp.float32), format, axes)
+    # Extremes are exact in any dtype, and a float32 copy of the whole array here would be kept for the quotient too.
+    members, over = _grouped(w, format, axes)
     low, high = (
         jnp.min(members, over, initial=0.0, keepdims=True),
         jnp.max(members, over, initial=0.0, keepdims=True),
     )
     last = (axes[-1] + 1,) if format.group and axes else ()
-    low, high = (clip * jnp.squeeze(bound, last) for bound in (low, high))
+    low, high = (clip * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
     if format.symmetric:
         scale = jnp.maximum(-low, high) / format.qmax
         return _positive(scale, high - low), jnp.zeros_like(scale)
@@ -149,11 +151,13 @@ def _grouped(w: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, tu
 
 def _encode(w: Array, scale: Array, zero: Array, format: Format) -> Array:
     """The codes as float32 numbers."""
-    ratio = w.astype(jnp.float32) / expand(scale, w.shape)
+    scale = expand(scale, w.shape)
     if format.levels is not None:
-        middles = [(a + b) / 2 for a, b in zip(format.levels, format.levels[1:], strict=False)]
-        above = functools.reduce(operator.add, [(ratio > middle).astype(jnp.int32) for middle in middles])
-        return above - len(format.levels) // 2
+        # Against scaled middles, because a quotient used fifteen times would be kept in memory.
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(format.levels)]
+        above = [(w.astype(jnp.float32) > middle * scale).astype(jnp.int8) for middle in middles]
+        return functools.reduce(operator.add, above) - len(format.levels) // 2
+    ratio = w.astype(jnp.float32) / scale
     if format.dtype is not None:
         return jnp.clip(ratio, format.qmin, format.qmax)
     return jnp.clip(jnp.round(ratio) + expand(zero, w.shape), format.qmin, format.qmax)
