@@ -23,7 +23,7 @@ from jaxquant.trace.views import expand
 Axes = int | Sequence[int]
 
 
-def quantize(w: ArrayLike, format: Format = int8, *, axis: Axes = -2, clip: ArrayLike = 1.0) -> QTensor:
+def quantize(w: ArrayLike | QTensor, format: Format = int8, *, axis: Axes = -2, clip: ArrayLike = 1.0) -> QTensor:
     """Writes an array in the codes of a format.
 
         scale = clip * max|w| / qmax                                symmetric, floats and codebooks
@@ -48,17 +48,12 @@ def quantize(w: ArrayLike, format: Format = int8, *, axis: Axes = -2, clip: Arra
       NonFiniteError: `w` has a NaN or an infinity.
       ShapeError: `axis` is out of range or the group does not divide it.
     """
-    if isinstance(w, QTensor):
-        raise NotQuantizableError(f"{w!r} is quantized already; quantize jq.dequantize(q) if that is what you want.")
-    w = _float_array(w)
-    axes = _contracted(w.shape, format, axis)
-    if not isinstance(w, Tracer) and not jnp.all(jnp.isfinite(w)):
-        raise NonFiniteError(first_nonfinite(w, "w"))
-    return _quantize(w, jnp.asarray(clip, jnp.float32), format, axes)
+    array, axes = _checked(w, format, axis)
+    return _quantize(array, jnp.asarray(clip, jnp.float32), format, axes)
 
 
 def fake_quantize(
-    w: ArrayLike, format: Format = int8, *, axis: Axes = -2, clip: ArrayLike = 1.0
+    w: ArrayLike | QTensor, format: Format = int8, *, axis: Axes = -2, clip: ArrayLike = 1.0
 ) -> Float[Array, "..."]:
     """Quantizes and decodes at once, with the straight-through gradient.
 
@@ -67,8 +62,8 @@ def fake_quantize(
     Args, Returns and Raises are those of `quantize`, but for an array of the shape and dtype of `w`. The scale is a
     constant to the gradient (Bengio et al., arXiv:1308.3432).
     """
-    w = _float_array(w)
-    return _fake_quantize(w, jnp.asarray(clip, jnp.float32), format, _contracted(w.shape, format, axis))
+    array, axes = _checked(w, format, axis)
+    return _fake_quantize(array, jnp.asarray(clip, jnp.float32), format, axes)
 
 
 def first_nonfinite(w: Array, name: str) -> str:
@@ -77,11 +72,20 @@ def first_nonfinite(w: Array, name: str) -> str:
     return f"{name}{list(index)} is {w[index]}: mend the weights, or leave this array out (`where=`)."
 
 
-def _float_array(w: ArrayLike) -> Array:
-    array = jnp.asarray(w)
+def _checked(w: ArrayLike | QTensor, format: Format, axis: Axes) -> tuple[Array, tuple[int, ...]]:
+    """A float array that can be quantized, and the axes that share a scale."""
+    if isinstance(w, QTensor):
+        raise NotQuantizableError(f"{w!r} is quantized already; quantize jq.dequantize(q) if that is what you want.")
+    try:
+        array = jnp.asarray(w)
+    except (TypeError, ValueError):
+        raise NotQuantizableError(f"{w!r} was given: only floating-point arrays are quantized.") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise NotQuantizableError(f"an array of {array.dtype} was given: only floating-point arrays are quantized.")
-    return array
+    axes = _contracted(array.shape, format, axis)
+    if not isinstance(array, Tracer) and not jnp.all(jnp.isfinite(array)):
+        raise NonFiniteError(first_nonfinite(array, "w"))
+    return array, axes
 
 
 def _contracted(shape: tuple[int, ...], format: Format, axis: Axes) -> tuple[int, ...]:
@@ -149,6 +153,12 @@ def _grouped(w: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, tu
     return w.reshape(*w.shape[:last], w.shape[last] // group, group, *w.shape[last + 1 :]), (last + 1,)
 
 
+def _quotient(w: Array, scale: Array) -> Array:
+    """`w / scale` in float32; XLA may multiply by `1 / scale`, which it would flush to zero beyond 2^126."""
+    shrink = jnp.where(scale > 2.0**100, jnp.float32(2.0**-32), jnp.float32(1))
+    return (w.astype(jnp.float32) * shrink) / (scale * shrink)
+
+
 def _encode(w: Array, scale: Array, zero: Array, format: Format) -> Array:
     """The codes as float32 numbers."""
     scale = expand(scale, w.shape)
@@ -157,7 +167,7 @@ def _encode(w: Array, scale: Array, zero: Array, format: Format) -> Array:
         middles = [(a + b) / 2 for a, b in itertools.pairwise(format.levels)]
         above = [(w.astype(jnp.float32) > middle * scale).astype(jnp.int8) for middle in middles]
         return functools.reduce(operator.add, above) - len(format.levels) // 2
-    ratio = w.astype(jnp.float32) / scale
+    ratio = _quotient(w, scale)
     if format.dtype is not None:
         return jnp.clip(ratio, format.qmin, format.qmax)
     return jnp.clip(jnp.round(ratio) + expand(zero, w.shape), format.qmin, format.qmax)
@@ -172,7 +182,8 @@ def _fake_quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...])
 def _straight_through(format: Format, axes: tuple[int, ...], primals, tangents):
     (w, clip), (dw, _) = primals, tangents
     scale, zero = _fit(w, clip, format, axes)
-    code = w.astype(jnp.float32) / expand(scale, w.shape) + expand(zero, w.shape)
-    # Half a step of slack: what still rounds to the outermost code is inside.
-    inside = (code >= format.qmin - 0.5) & (code <= format.qmax + 0.5)
+    code = _quotient(w, expand(scale, w.shape)) + expand(zero, w.shape)
+    # Half a step of slack on a grid: what still rounds to the outermost code is inside.
+    slack = 0.5 if format.is_integer else 1e-3 * format.qmax
+    inside = (code >= format.qmin - slack) & (code <= format.qmax + slack)
     return _fake_quantize(w, clip, format, axes), jnp.where(inside, dw, 0).astype(dw.dtype)

@@ -77,15 +77,15 @@ def quantize_params(
     chosen = _chosen(named, where)
     paths = {path for path, _ in named}
     kept = {id(leaf) for (_, leaf), pick in zip(named, chosen, strict=True) if not pick}
+    picked = [named_leaf for named_leaf, pick in zip(named, chosen, strict=True) if pick]
+    encoders = {path: _encoder(path, leaf, quantizer, paths) for path, leaf in picked}
     done: dict[int, QTensor] = {}
-    result = []
-    for (path, leaf), pick in zip(named, chosen, strict=True):
-        if pick and id(leaf) not in done:
-            done[id(leaf)] = _convert(path, leaf, quantizer, paths)
+    for path, leaf in picked:
+        if id(leaf) not in done:
+            done[id(leaf)] = jax.block_until_ready(encoders[path](jnp.asarray(leaf)))
             if donate and id(leaf) not in kept:
                 _release(leaf)
-        result.append(done[id(leaf)] if pick else leaf)
-    return treedef.unflatten(result)
+    return treedef.unflatten([done[id(leaf)] if pick else leaf for (_, leaf), pick in zip(named, chosen, strict=True)])
 
 
 def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | None) -> list[bool]:
@@ -134,28 +134,33 @@ def layout(path: str, rank: int, paths: Collection[str] = ()) -> Layout:
     return Layout(rank, tuple(range(-rank, -1))) if convolution else Layout(2, (-2,))
 
 
-def _convert(path: str, leaf: Any, format: Format, paths: Collection[str]) -> QTensor:
-    """One leaf in codes, stacks matrix by matrix; errors name its path."""
+def _encoder(path: str, leaf: Any, format: Format, paths: Collection[str]) -> Callable[[Array], QTensor]:
+    """How one leaf is written in codes; what is wrong with it is said before any leaf is converted or released."""
     if is_qtensor(leaf):
         raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
-    array = jnp.asarray(leaf)
+    encode = functools.partial(_encode, format=format, where=layout(path, leaf.ndim, paths))
     try:
-        q, finite = _encode(array, format, layout(path, array.ndim, paths))
+        jax.eval_shape(encode, leaf)
     except ShapeError as error:
         raise ShapeError(f"{path}: {error}") from None
-    if not isinstance(finite, Tracer) and not finite:
-        raise NonFiniteError(first_nonfinite(array, path))
-    return q
+    if not isinstance(leaf, Tracer) and not _is_finite(leaf):
+        raise NonFiniteError(first_nonfinite(jnp.asarray(leaf), path))
+    return encode
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _encode(array: Array, format: Format, where: Layout) -> tuple[QTensor, Array]:
+_is_finite = jax.jit(lambda array: jnp.all(jnp.isfinite(array)))
+
+
+@functools.partial(jax.jit, static_argnames=("format", "where"))
+def _encode(array: Array, format: Format, where: Layout) -> QTensor:
+    """Codes for a leaf, a stack matrix by matrix."""
+
     def one(matrix):
         return quantize(matrix, format, axis=where.contracted)
 
     for _ in range(array.ndim - where.rank):
         one = jax.vmap(one)
-    return one(array), jnp.all(jnp.isfinite(array))
+    return one(array)
 
 
 def _release(leaf: Any) -> None:

@@ -98,6 +98,9 @@ class QTensor:
 
         return jax.tree.map(part, self)
 
+    def __iter__(self):
+        return (self[i] for i in range(self.shape[0]))
+
     def __repr__(self) -> str:
         if not hasattr(self.codes, "dtype"):  # built from shardings or placeholders
             return f"QTensor(codes={self.codes!r}, scale={self.scale!r}, zero={self.zero!r})"
@@ -132,7 +135,12 @@ def decode(q: QTensor) -> Float[Array, "..."]:
     values = _look_up(q.codes, q.levels) if q.levels is not None else q.codes.astype(jnp.float32)
     if q.zero is not None:
         values = values - expand(q.zero, q.shape).astype(jnp.float32)
-    return (values * expand(q.scale, q.shape)).astype(q.dtype)
+    values = values * expand(q.scale, q.shape)
+    if q.zero is not None:
+        # Rounding the zero point may put the ends of the range half a step beyond what the dtype holds.
+        largest = float(jnp.finfo(q.dtype).max)
+        values = jnp.clip(values, -largest, largest)
+    return values.astype(q.dtype)
 
 
 def dequantize(tree: PyTree) -> PyTree:
