@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, Int32
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32
 
 from jaxquant.encode import Axes, quantize
 from jaxquant.format import Format, int8
@@ -43,13 +43,14 @@ class Formulation:
     reason: str = ""
 
 
-def choose(rows: int, q: QTensor, activations: Format | None) -> Formulation:
+def choose(rows: int, q: QTensor, activations: Format | None, outliers: int) -> Formulation:
     """The formulation for `rows` tokens and a weight `[B, K, N]`, from shapes alone.
 
     Args:
       rows: M, the tokens of one matmul of the batch.
       q: the weight; its scale is `[1 or B, groups, 1 or N]`.
       activations: the format of the activations, or None to keep them in floating point.
+      outliers: how many of each token's largest activations stay in floating point.
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
     if not q.is_integer:
@@ -59,35 +60,43 @@ def choose(rows: int, q: QTensor, activations: Format | None) -> Formulation:
     if activations is None:
         digits_pay = rows <= _FEW_DIGITS and groups == 1
         return Formulation(digits if digits_pay else decoded, WEIGHT_ONLY, "activations=None")
+    exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
     if groups == inputs > 1:
-        return Formulation(functools.partial(folded, activations=activations), INTEGER)
+        return Formulation(functools.partial(folded, run=exact), INTEGER)
     if groups > 1 and rows > _FEW_ROWS:
-        run = functools.partial(decoded_codes, activations=activations)
+        run = functools.partial(decoded_codes, activations=activations, outliers=min(outliers, inputs))
         return Formulation(run, FLOAT, f"with {groups} groups and {rows} rows it is faster decoded")
-    return Formulation(functools.partial(integer, activations=activations), INTEGER)
+    return Formulation(exact, INTEGER)
 
 
-def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
+def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M N"]:
     """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums."""
-    tokens = quantize_tokens(x, activations)
+    rest, largest = split_outliers(x, outliers)
+    tokens = quantize_tokens(rest, activations)
     if tokens.zero is None:
-        return tokens.scale * _codes_dot(tokens.codes, q)
-    sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q)
-    return tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
+        out = tokens.scale * _codes_dot(tokens.codes, q)
+    else:
+        sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q)
+        out = tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
+    return functools.reduce(operator.add, [value * _weight_rows(q, index) for index, value in largest], out)
 
 
-def folded(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
+def folded(x: Float[Array, "B M K"], q: QTensor, run: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
     """A scale per input goes into the activations before they are quantized: `x @ (s * codes) = (x * s) @ codes`."""
     scaled = x.astype(jnp.float32) * jnp.swapaxes(q.scale, 1, 2)
-    return integer(scaled, dataclasses.replace(q, scale=jnp.ones((1, 1, 1), jnp.float32)), activations)
+    return run(scaled, dataclasses.replace(q, scale=jnp.ones((1, 1, 1), jnp.float32)))
 
 
-def decoded_codes(x: Float[Array, "B M K"], q: QTensor, activations: Format) -> Float[Array, "B M N"]:
-    """The numbers of `integer`, multiplied as floats: the codes of the activations with the decoded weight."""
-    tokens = quantize_tokens(x, activations)
-    codes = tokens.codes.astype(jnp.float32)
-    centred = codes if tokens.zero is None else codes - tokens.zero
-    return tokens.scale * _float_dot(centred, decode(q.astype(jnp.float32)))
+def decoded_codes(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M N"]:
+    """The numbers of `integer`, multiplied as floats: what the codes of the activations say with the decoded weight."""
+    rest, largest = split_outliers(x, outliers)
+    tokens = quantize_tokens(rest, activations)
+    centred = tokens.codes.astype(jnp.float32)
+    centred = centred if tokens.zero is None else centred - tokens.zero
+    said = centred * tokens.scale
+    for index, value in largest:
+        said = jnp.where(_is_at(index, said.shape[-1]), said + value, said)
+    return _float_dot(said, decode(q.astype(jnp.float32)))
 
 
 def decoded(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
@@ -134,6 +143,37 @@ def quantize_tokens(x: Float[Array, "..."], activations: Format, axis: Axes = -1
     finite = jnp.all(jnp.isfinite(x), axis=axis, keepdims=True)
     zero = None if q.zero is None else q.zero.astype(jnp.float32)
     return Tokens(q.codes.astype(jnp.int8), jnp.where(finite, q.scale, jnp.nan), zero)
+
+
+def split_outliers(x: Float[Array, "B M K"], count: int) -> tuple[Array, list[tuple[Array, Array]]]:
+    """The activations without the `count` largest of each token, and those: index `[B, M]` and value `[B, M, 1]`.
+
+    A few inputs hundreds of times the others are what int8 activations of language models suffer from
+    (Dettmers et al., LLM.int8(), arXiv:2208.07339); without them the scale of the rest is several times finer.
+    """
+    rest, largest = x.astype(jnp.float32), []
+    for _ in range(count):
+        index = jnp.argmax(jnp.abs(rest), axis=-1)
+        largest.append((index, jnp.take_along_axis(rest, index[..., None], axis=-1)))
+        rest = jnp.where(_is_at(index, rest.shape[-1]), 0.0, rest)
+    return rest, largest
+
+
+def _is_at(index: Int[Array, "B M"], inputs: int) -> Bool[Array, "B M K"]:
+    return jnp.arange(inputs)[None, None] == index[..., None]
+
+
+def _weight_rows(q: QTensor, index: Int[Array, "B M"]) -> Float[Array, "B M N"]:
+    """The decoded weights of one input for each token."""
+
+    def of_token(part: Array) -> Array:
+        every = jnp.broadcast_to(part, (index.shape[0], *part.shape[1:]))
+        member = q.shape[1] // part.shape[1]
+        return jnp.take_along_axis(every, index[..., None] // member, axis=1, mode="clip").astype(jnp.float32)
+
+    codes = of_token(q.codes.astype(jnp.int8))
+    centred = codes if q.zero is None else codes - of_token(q.zero.astype(jnp.int8))
+    return centred * of_token(q.scale)
 
 
 def _codes_dot(codes: Int8[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:

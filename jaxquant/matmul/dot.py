@@ -27,7 +27,7 @@ class Dot:
     Args:
       contracted, batch: the axes of the activations and of the weight, `((x axes), (w axes))`.
       weight_first: whether the weight is the left operand.
-      activations: the format of the activations, or None.
+      activations, outliers: the format of the activations or None, and how many of each token's stay in float.
       precision, dtype: as `jax.lax.dot_general` takes the precision and the result's dtype.
     """
 
@@ -35,6 +35,7 @@ class Dot:
     batch: tuple[tuple[int, ...], tuple[int, ...]]
     weight_first: bool
     activations: Format | None
+    outliers: int
     precision: Any
     dtype: Any
 
@@ -43,7 +44,7 @@ class Dot:
         weight = jax.eval_shape(self._weight, q)
         if weight is None:
             return FLOAT, "its scales do not follow the axes of this matmul"
-        formulation = choose(self._rows(x_shape), weight, self.activations)
+        formulation = choose(self._rows(x_shape), weight, self.activations, self.outliers)
         return formulation.arithmetic, formulation.reason
 
     def forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
@@ -51,7 +52,7 @@ class Dot:
         weight = self._weight(q)
         if weight is None:
             return self.reference(x, q)
-        formulation = choose(self._rows(x.shape), weight, self.activations)
+        formulation = choose(self._rows(x.shape), weight, self.activations, self.outliers)
         out = formulation.run(self._tokens(x), weight)
         return self._assembled(out, x.shape, q.shape).astype(self.dtype)
 
@@ -116,16 +117,20 @@ def _spread(q: QTensor) -> QTensor:
     return dataclasses.replace(q, scale=one(q.scale), zero=zero)
 
 
-def make_dot(numbers: DimensionNumbers, weight_first: bool, activations: Format | None, precision, dtype) -> Dot:
-    """A `Dot` from the dimension numbers of `jax.lax.dot_general`."""
+def make_dot(
+    numbers: DimensionNumbers, weight_first: bool, activations: tuple[Format | None, int], precision, dtype
+) -> Dot:
+    """A `Dot` from the dimension numbers of `jax.lax.dot_general` and `(activations, outliers)`."""
     contracted, batch = ((tuple(map(int, pair[0])), tuple(map(int, pair[1]))) for pair in numbers)
     if weight_first:
         contracted, batch = _swap(contracted), _swap(batch)
-    return Dot(contracted, batch, weight_first, activations, precision, jnp.dtype(dtype))
+    return Dot(contracted, batch, weight_first, *activations, precision, jnp.dtype(dtype))
 
 
-def check_activations(activations: Format | None) -> None:
-    """Raises for a format that activations cannot have."""
+def check_activations(activations: Format | None, outliers: int) -> None:
+    """Raises for a format or a number of outliers that activations cannot have."""
+    if type(outliers) is not int or outliers < 0:
+        raise FormatError(f"outliers={outliers!r}: how many of a token's activations stay in float, 0 or more.")
     if activations is None:
         return
     if not activations.is_integer or activations.group is not None or not activations.per_channel:
@@ -145,6 +150,7 @@ def dot_general(
     out_sharding: Any = None,
     weights: Format | None = None,
     activations: Format | None = int8,
+    outliers: int = 0,
 ) -> Float[Array, "..."]:
     """`jax.lax.dot_general` where one operand may be a `QTensor`; with arrays alone it is that function.
 
@@ -154,12 +160,12 @@ def dot_general(
     Args:
       lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
       weights: the format to write a float `rhs` in first; None to leave it as it is.
-      activations: the per-token format of the other operand, or None to keep it in floating point.
+      activations, outliers: as in `quantized`, for the other operand.
 
     Raises:
       FormatError: `activations` is not an integer format per token.
     """
-    check_activations(activations)
+    check_activations(activations, outliers)
     if weights is not None and not isinstance(rhs, QTensor):
         rhs = quantize(rhs, weights, axis=tuple(dimension_numbers[0][1]))
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
@@ -170,5 +176,5 @@ def dot_general(
     first = isinstance(lhs, QTensor)
     x, q = (rhs, lhs) if first else (lhs, rhs)
     dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)
-    out = apply(make_dot(dimension_numbers, first, activations, precision, dtype), x, q)
+    out = apply(make_dot(dimension_numbers, first, (activations, outliers), precision, dtype), x, q)
     return out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)

@@ -45,16 +45,16 @@ class Meeting:
 Hear = Callable[[Callable[[], Meeting]], None]
 
 
-def rules(activations: Format | None, record: Callable[[Meeting], None] | None = None) -> Rules:
+def rules(activations: Format | None, outliers: int, record: Callable[[Meeting], None] | None = None) -> Rules:
     """The rules of `quantized`; `record` hears of every meeting while the function is traced.
 
     Raises:
       FormatError: `activations` is not an integer format per token.
     """
-    check_activations(activations)
+    check_activations(activations, outliers)
     hear = (lambda meeting: record(meeting())) if record else (lambda meeting: None)
     operations = {
-        "dot_general": lambda inputs, params, result: _dot(inputs, params, result, activations, hear),
+        "dot_general": lambda inputs, params, result: _dot(inputs, params, result, (activations, outliers), hear),
         "conv_general_dilated": lambda inputs, params, result: _conv(inputs, params, result, activations, hear),
         "ragged_dot_general": lambda inputs, params, result: _ragged(inputs, params, result, activations, hear),
         "gather": lambda inputs, params, _: _gather(inputs, params, hear),
@@ -75,7 +75,7 @@ def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear:
         return None
     numbers, precision = params["dimension_numbers"], params["precision"]
     dot = make_dot(numbers, first, activations, precision, result.dtype)
-    hear(lambda: _meeting(param, "dot_general", x, activations, *dot.arithmetic(x.shape, param.value)))
+    hear(lambda: _meeting(param, "dot_general", x, activations[0], *dot.arithmetic(x.shape, param.value)))
     return apply(dot, x, param.value)
 
 

@@ -58,7 +58,9 @@ class Explanation:
         return shown + [paint(f"{path}: quantized, but it never met a matmul in codes", "") for path in self.unmet]
 
 
-def explain(fn: Callable, params: PyTree, *args: Any, activations: Format | None = int8, **kwargs: Any) -> Explanation:
+def explain(
+    fn: Callable, params: PyTree, *args: Any, activations: Format | None = int8, outliers: int = 0, **kwargs: Any
+) -> Explanation:
     """Tells how `quantized(fn, activations=activations)(params, *args)` computes every matmul that reads a parameter.
 
     Nothing is computed: the function is traced, so arguments may be `jax.ShapeDtypeStruct`s.
@@ -67,14 +69,14 @@ def explain(fn: Callable, params: PyTree, *args: Any, activations: Format | None
       fn: the function, not yet wrapped in `quantized`.
       params: its first argument, with `QTensor`s in it; arrays that were left in floating point are listed too.
       *args, **kwargs: its other arguments.
-      activations: as for `quantized`.
+      activations, outliers: as for `quantized`.
 
     Returns:
       An `Explanation`: per operation the parameter's path, the shapes, the formats, the arithmetic and the reason
       where it is not `int8 x int8 -> int32`.
     """
     meetings: list[Meeting] = []
-    rules = _watching(matmul.rules(activations, meetings.append))
+    rules = _watching(matmul.rules(activations, outliers, meetings.append))
     watched = jax.tree.map(_watch, params, is_leaf=is_qtensor)
     staged = trace.stage(fn, rules, (watched, *args), kwargs)
     jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)

@@ -6,7 +6,7 @@ from jaxquant import matmul, trace
 from jaxquant.format import Format, int8
 
 
-def quantized(fn: Callable, *, activations: Format | None = int8) -> Callable:
+def quantized(fn: Callable, *, activations: Format | None = int8, outliers: int = 0) -> Callable:
     """Runs an unmodified function on quantized parameters.
 
         quantized(fn)(qparams, x)  means  fn(dequantize(qparams), x)
@@ -23,6 +23,9 @@ def quantized(fn: Callable, *, activations: Format | None = int8) -> Callable:
       fn: a pure function of pytrees: `model.apply`, `lambda state, x: nnx.merge(graphdef, state)(x)`, an Equinox or
         Haiku forward, plain JAX. `QTensor`s may stand in any argument. Arguments that are not arrays are static.
       activations: the per-token format of the activations, or None to keep them in floating point (weight-only).
+      outliers: how many of each token's largest activations are multiplied in floating point, beside the integer
+        matmul of the others (matmuls only). One is enough for most of a language model's loss, and costs nothing at
+        one row; LLM.int8(), arXiv:2208.07339.
 
     Returns:
       A function of the same arguments and results.
@@ -30,4 +33,4 @@ def quantized(fn: Callable, *, activations: Format | None = int8) -> Callable:
     Raises:
       FormatError: `activations` is not an integer format per token.
     """
-    return trace.transform(fn, matmul.rules(activations))
+    return trace.transform(fn, matmul.rules(activations, outliers))
