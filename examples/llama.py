@@ -1,0 +1,207 @@
+"""Llama in Flax Linen, with nothing of quantization in it: RMSNorm, grouped-query attention, SwiGLU and a KV cache.
+
+Two ways to call the model, with the same parameters:
+
+    logits, _ = model.apply(params, tokens)             a whole text under a causal mask
+    logits, cache = model.apply(params, tokens, cache)  a few more tokens after those the cache holds
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+HeadArray = Float[Array, "batch time heads head_width"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama.
+
+    Args:
+      vocab: number of tokens.
+      width: length of the vector that runs through the layers.
+      hidden: inner width of the feed-forward layers.
+      layers: number of blocks.
+      heads: number of query heads.
+      kv_heads: number of key and value heads; each serves `heads / kv_heads` query heads.
+      head_width: length of one head's vectors.
+      rope_base: the base of the rotary frequencies.
+      rope_factors: what each rotary frequency is divided by, or None (Llama 3.1 stretches its context this way).
+      norm_eps: what RMSNorm adds to the mean square.
+      tied: whether the output head is the embedding.
+    """
+
+    vocab: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    rope_base: float = 1e4
+    rope_factors: tuple[float, ...] | None = None
+    norm_eps: float = 1e-5
+    tied: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The keys and values of the tokens so far: one pair of arrays per layer, of a length fixed in advance.
+
+    XLA on CPU updates each of them in place; a stack of layers, or heads before time, it would copy on every step.
+    """
+
+    keys: tuple[HeadArray, ...]
+    values: tuple[HeadArray, ...]
+    position: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, batch: int, length: int) -> "KVCache":
+        """A cache with room for `length` tokens. What is written past its end overwrites the last ones."""
+        shape = (batch, length, config.kv_heads, config.head_width)
+
+        def blank() -> tuple[HeadArray, ...]:  # every buffer its own, so that the cache can be donated
+            return tuple(jnp.zeros(shape, jnp.float32) for _ in range(config.layers))
+
+        return cls(blank(), blank(), jnp.zeros((), jnp.int32))
+
+
+def rope(x: HeadArray, positions: Int[Array, "time"], config: LlamaConfig) -> HeadArray:
+    """Rotates neighbouring pairs (x[2i], x[2i+1]), as GGUF files order them, by position * base^(-2i / head_width)."""
+    pairs = config.head_width // 2
+    frequencies = config.rope_base ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    if config.rope_factors is not None:
+        frequencies = frequencies / jnp.asarray(config.rope_factors, jnp.float32)
+    angles = jnp.outer(positions.astype(jnp.float32), frequencies)[None, :, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def attend(q: HeadArray, k: HeadArray, v: HeadArray, position: Int[Array, ""]) -> HeadArray:
+    """Causal softmax attention of queries that begin at `position`; neighbouring query heads share a KV head."""
+    batch, time, heads, head_width = q.shape
+    length, kv_heads = k.shape[1:3]
+    shared = heads // kv_heads
+    # The queries that share a key become more rows of one matrix product, so that no key is copied.
+    rows = q.swapaxes(1, 2).reshape(batch, kv_heads, shared * time, head_width)
+    scores = jnp.einsum("bkrd,bskd->bkrs", rows, k) * head_width**-0.5
+    visible = jnp.arange(length)[None] <= position + jnp.arange(time)[:, None]
+    visible = jnp.tile(visible, (shared, 1))[None, None]
+    weights = nn.softmax(jnp.where(visible, scores, -jnp.inf))
+    mixed = jnp.einsum("bkrs,bskd->bkrd", weights, v)
+    return mixed.reshape(batch, heads, time, head_width).swapaxes(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, past, position):
+        c = self.config
+        batch, time, _ = x.shape
+
+        def heads(name: str, count: int) -> HeadArray:
+            y = nn.Dense(count * c.head_width, use_bias=False, name=name)(x)
+            return y.reshape(batch, time, count, c.head_width)
+
+        positions = position + jnp.arange(time)
+        q = rope(heads("query", c.heads), positions, c)
+        k = rope(heads("key", c.kv_heads), positions, c)
+        v = heads("value", c.kv_heads)
+        if past is not None:
+            start = (0, position, 0, 0)
+            k, v = (jax.lax.dynamic_update_slice(old, new, start) for old, new in zip(past, (k, v), strict=True))
+        mixed = attend(q, k, v, position).reshape(batch, time, -1)
+        return nn.Dense(c.width, use_bias=False, name="output")(mixed), (k, v)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x):
+        gate = nn.Dense(self.config.hidden, use_bias=False, name="gate")(x)
+        up = nn.Dense(self.config.hidden, use_bias=False, name="up")(x)
+        return nn.Dense(self.config.width, use_bias=False, name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each on a normed copy of the stream and added to it."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, past, position):
+        eps = self.config.norm_eps
+        normed = nn.RMSNorm(eps, name="attention_norm")(x)
+        mixed, present = Attention(self.config, name="attention")(normed, past, position)
+        x = x + mixed
+        return x + MLP(self.config, name="mlp")(nn.RMSNorm(eps, name="mlp_norm")(x)), present
+
+
+class Llama(nn.Module):
+    """A Llama of any size: tokens to the logits of the tokens that follow them.
+
+    The layers are unrolled: on CPU, `lax.scan` over stacked layers would copy each layer's weights on every step.
+    """
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "batch time"], cache: KVCache | None = None
+    ) -> tuple[Float[Array, "batch time vocab"], KVCache | None]:
+        c = self.config
+        embed = nn.Embed(c.vocab, c.width, name="embed")
+        x = embed(tokens)
+        position = jnp.zeros((), jnp.int32) if cache is None else cache.position
+        presents = []
+        for layer in range(c.layers):
+            past = None if cache is None else (cache.keys[layer], cache.values[layer])
+            x, present = Block(c, name=f"block_{layer}")(x, past, position)
+            presents.append(present)
+        x = nn.RMSNorm(c.norm_eps, name="norm")(x)
+        logits = embed.attend(x) if c.tied else nn.Dense(c.vocab, use_bias=False, name="head")(x)
+        if cache is not None:
+            keys, values = zip(*presents, strict=True)
+            cache = KVCache(keys, values, position + tokens.shape[1])
+        return logits, cache
+
+
+def generate_step(
+    forward: Callable[..., Any],
+    params: Any,
+    tokens: Int[Array, "batch time"],
+    cache: KVCache,
+    temperature: float = 0.0,
+    key: Array | None = None,
+) -> tuple[Int[Array, "batch 1"], KVCache]:
+    """Reads `tokens` and chooses the next one: the likeliest, or a sample if a temperature and a key are given.
+
+    Args:
+      forward: `model.apply`, or anything that is called like it.
+      params: the parameters `forward` takes.
+      tokens: a whole prompt, or the token chosen by the step before.
+      cache: what came before; jit this with the cache donated and it is updated in place.
+      temperature: static; 0 is greedy.
+      key: a random key, needed when the temperature is not 0.
+
+    Returns:
+      The next token, ready to be fed to the next step, and the cache with `tokens` in it.
+    """
+    logits, cache = forward(params, tokens, cache)
+    last = logits[:, -1:]
+    if temperature == 0.0:
+        return jnp.argmax(last, axis=-1).astype(jnp.int32), cache
+    return jax.random.categorical(key, last / temperature).astype(jnp.int32), cache
