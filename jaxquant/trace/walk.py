@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal
 
 from jaxquant.trace.control import CONTROL, Param, Walker
 from jaxquant.trace.movement import moved, result_of
@@ -170,5 +170,5 @@ def _bind(eqns: Sequence[JaxprEqn], env: Mapping) -> dict:
     atoms = (atom for eqn in eqns for atom in eqn.invars if not isinstance(atom, Literal))
     needed = list(dict.fromkeys(atom for atom in atoms if atom not in results))
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    jaxpr = Jaxpr((), needed, list(results), eqns, effects)
+    jaxpr = Jaxpr((), needed, list(results), eqns, effects, DebugInfo("walk", "walk", None, None))
     return dict(zip(results, eval_jaxpr(jaxpr, (), *[env[var] for var in needed]), strict=True))
