@@ -27,7 +27,7 @@ WEIGHT_ONLY = "weight-only"
 FLOAT = "float"
 
 # |activation code| <= 128 and |code - zero| <= 255: longer sums could overflow an int32.
-_LONGEST = (2**31 - 1) // (128 * 255)
+LONGEST = (2**31 - 1) // (128 * 255)
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
 # Up to this many rows three int8 digits of the activations are cheaper than decoding the weight.
@@ -192,9 +192,9 @@ def _split_long(codes: Int8[Array, "B M K"], q: QTensor) -> tuple[Array, QTensor
     """Cuts groups too long for an int32 sum into equal shorter ones, padded with zeros, of the same scale."""
     (b, m, k), groups = codes.shape, q.scale.shape[1]
     member = k // max(groups, 1)
-    if member <= _LONGEST:
+    if member <= LONGEST:
         return codes, q
-    pieces = -(-member // _LONGEST)
+    pieces = -(-member // LONGEST)
     padding = -member % pieces
     grouped = jnp.pad(codes.reshape(b, m, groups, member), ((0, 0), (0, 0), (0, 0), (0, padding)))
     weights = q.codes.reshape(b, groups, member, q.shape[2])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import FLOAT, INTEGER, WEIGHT_ONLY, quantize_tokens
+from jaxquant.matmul.arithmetic import FLOAT, INTEGER, LONGEST, WEIGHT_ONLY, quantize_tokens
 from jaxquant.qtensor import QTensor, decode
 
 
@@ -33,6 +33,8 @@ class Conv:
             return WEIGHT_ONLY, "its codes are not integers"
         if any(n != 1 for axis, n in enumerate(q.scale.shape) if axis != outputs):
             return FLOAT, "its scales vary along the kernel's inputs"
+        if q.size // max(q.shape[outputs], 1) > LONGEST:
+            return FLOAT, "its sums could overflow an int32"
         if dict(self.geometry)["batch_group_count"] != 1:
             return FLOAT, "it groups the batch"
         return (INTEGER, "") if self.activations is not None else (WEIGHT_ONLY, "activations=None")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import FLOAT, INTEGER, WEIGHT_ONLY, quantize_tokens
+from jaxquant.matmul.arithmetic import FLOAT, INTEGER, LONGEST, WEIGHT_ONLY, quantize_tokens
 from jaxquant.qtensor import QTensor, decode
 
 
@@ -29,6 +29,8 @@ class Ragged:
             return WEIGHT_ONLY, "its codes are not integers"
         if q.scale.shape[1] != 1 or q.scale.shape[2] not in (1, q.shape[2]) or q.scale.shape[0] not in (1, q.shape[0]):
             return FLOAT, "its scales have groups"
+        if q.shape[1] > LONGEST:
+            return FLOAT, "its sums could overflow an int32"
         return (INTEGER, "") if self.activations is not None else (WEIGHT_ONLY, "activations=None")
 
     def forward(self, x: Float[Array, "M K"], q: QTensor, sizes: Int[Array, " E"]) -> Float[Array, "M N"]:

@@ -26,13 +26,18 @@ def _if_taken(param: Param, bundle) -> Param | None:
     return None if bundle is None else param.view(bundle)
 
 
+def _ints(values: Sequence) -> tuple[int, ...]:
+    """Equation parameters as Python numbers: NumPy's come along from models that compute their shapes with it."""
+    return tuple(map(int, values))
+
+
 def _convert(eqn: JaxprEqn, param: Param) -> Param | None:
     dtype = eqn.params["new_dtype"]
     return param.view(param.value.astype(dtype)) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def _transpose(eqn: JaxprEqn, param: Param) -> Param:
-    return param.view(views.transpose(param.value, eqn.params["permutation"]))
+    return param.view(views.transpose(param.value, _ints(eqn.params["permutation"])))
 
 
 def _reshape(eqn: JaxprEqn, param: Param) -> Param | None:
@@ -43,18 +48,18 @@ def _reshape(eqn: JaxprEqn, param: Param) -> Param | None:
 
 
 def _broadcast(eqn: JaxprEqn, param: Param) -> Param:
-    new, dimensions = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    new, dimensions = _ints(eqn.params["shape"]), _ints(eqn.params["broadcast_dimensions"])
     return param.view(views.broadcast(param.value, param.value.shape, new, dimensions))
 
 
 def _slice(eqn: JaxprEqn, param: Param) -> Param | None:
-    shape, start, limit = param.value.shape, eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(shape)
+    shape, start, limit = param.value.shape, _ints(eqn.params["start_indices"]), _ints(eqn.params["limit_indices"])
+    strides = _ints(eqn.params["strides"] or (1,) * len(shape))
     return _if_taken(param, views.cut(param.value, shape, start, limit, strides))
 
 
 def _dynamic_slice(eqn: JaxprEqn, param: Param, *starts) -> Param | None:
-    return _if_taken(param, views.dynamic_cut(param.value, param.value.shape, starts, eqn.params["slice_sizes"]))
+    return _if_taken(param, views.dynamic_cut(param.value, param.value.shape, starts, _ints(eqn.params["slice_sizes"])))
 
 
 def _constraint(eqn: JaxprEqn, param: Param) -> Param:
@@ -69,9 +74,9 @@ def _copy(eqn: JaxprEqn, param: Param) -> Param:
 
 
 def _split(eqn: JaxprEqn, param: Param) -> list | None:
-    shape, axis = param.value.shape, eqn.params["axis"]
-    ends = list(accumulate(eqn.params["sizes"]))
-    pieces = [_part(param, shape, axis, end - size, end) for size, end in zip(eqn.params["sizes"], ends, strict=True)]
+    shape, axis, sizes = param.value.shape, eqn.params["axis"], _ints(eqn.params["sizes"])
+    ends = accumulate(sizes)
+    pieces = [_part(param, shape, axis, end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return None if any(piece is None for piece in pieces) else pieces
 
 

@@ -23,7 +23,7 @@ class Explanation:
 
     Args:
       meetings: the rows in the order of the program. A loop's body is shown once.
-      unmet: paths of parameters that were quantized and never met a matmul, convolution or look-up in codes.
+      unmet: paths of parameters that were quantized and never met a matmul, a convolution or a look-up.
     """
 
     meetings: tuple[Meeting, ...]
@@ -55,7 +55,7 @@ class Explanation:
         ]
         shown = [paint(aligned[0], "")]
         shown += [paint(line, meeting.arithmetic) for line, meeting in zip(aligned[1:], self.meetings, strict=True)]
-        return shown + [paint(f"{path}: quantized, but it never met a matmul in codes", "") for path in self.unmet]
+        return shown + [paint(f"{path}: quantized, but it never met a matmul", "") for path in self.unmet]
 
 
 def explain(
@@ -82,8 +82,8 @@ def explain(
     jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)
     leaves, _ = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_leaf=is_qtensor)
     quantized = [trace.argument_name(path) for path, leaf in leaves if is_qtensor(leaf)]
-    met = {meeting.path for meeting in meetings if meeting.arithmetic != matmul.FLOAT}
-    return Explanation(tuple(dict.fromkeys(meetings)), tuple(path for path in quantized if path not in met))
+    met = {meeting.path for meeting in meetings if meeting.activations is not None}
+    return Explanation(tuple(meetings), tuple(path for path in quantized if path not in met))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])

@@ -1,0 +1,552 @@
+"""Matmuls, convolutions and look-ups in codes are those of the decoded numbers: NumPy float64 is the oracle.
+
+    x ~= (codes - zero) * scale, a scale and a zero point for each token;   w ~= (codes - zero) * scale
+    out = x @ w, in exact integers up to the rounding of the float32 scales
+
+Where all scales are powers of two nothing is rounded at all, and the results are equal bit for bit.
+"""
+
+import functools
+import itertools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import quickly_jitted
+from tables import as_shipped
+
+import jaxquant as jq
+from jaxquant.errors import FormatError
+
+INTEGER = "int8 x int8 -> int32"
+
+# name: einsum, shapes of the activations and of the weight, and which of the two comes first.
+SPECS = {
+    "matrix": ("bk,kn->bn", (3, 32), (32, 24), False),
+    "matrix-many-rows": ("bk,kn->bn", (40, 32), (32, 24), False),
+    "one-row": ("bk,kn->bn", (1, 32), (32, 24), False),
+    "vector": ("k,kn->n", (32,), (32, 24), False),
+    "weight-first": ("nk,kb->nb", (32, 3), (24, 32), True),
+    "transposed": ("bk,nk->bn", (3, 32), (24, 32), False),
+    "heads-out": ("btd,dhk->bthk", (2, 2, 32), (32, 3, 16), False),
+    "heads-in": ("bthk,hkd->btd", (2, 2, 3, 16), (3, 16, 24), False),
+    "rank-4": ("btd,dghk->btghk", (2, 2, 32), (32, 2, 3, 16), False),
+    "batched": ("ebk,ekn->ebn", (4, 3, 32), (4, 32, 24), False),
+    "batched-weight-first": ("enk,ekb->enb", (4, 32, 3), (4, 24, 32), True),
+    "experts": ("td,edf->tef", (3, 32), (4, 32, 24), False),
+}
+WEIGHTS = {
+    "tensor": jq.int8(per_channel=False),
+    "channel": jq.int8,
+    "group": jq.int8(group=8),
+    "int4-group": jq.int4(group=8),
+    "affine": jq.int8(symmetric=False),
+    "int4-group-affine": jq.int4(group=8, symmetric=False),
+}
+ACTIVATIONS = {"int8": jq.int8, "int8-affine": jq.int8(symmetric=False), "int4": jq.int4}
+
+every_weight = pytest.mark.parametrize("weights", WEIGHTS)
+
+
+def normal(shape, seed=0):
+    """N(0, 1) in float32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def axes_of(spec):
+    """The contracted axes of the activations and of the weight."""
+    equation, _, _, weight_first = SPECS[spec]
+    inputs, output = equation.split("->")
+    x, w = inputs.split(",")[::-1] if weight_first else inputs.split(",")
+    gone = set(x) & set(w) - set(output)
+    return tuple(i for i, a in enumerate(x) if a in gone), tuple(i for i, a in enumerate(w) if a in gone)
+
+
+def contract(spec, x, w, module=jnp):
+    """The einsum of a row of the table."""
+    equation, _, _, weight_first = SPECS[spec]
+    return module.einsum(equation, w, x) if weight_first else module.einsum(equation, x, w)
+
+
+def rounded(x, activations, axis):
+    """Activations as their codes stand for them, in float64: one scale and zero point per token."""
+    low, high = x.min(axis, keepdims=True, initial=0), x.max(axis, keepdims=True, initial=0)
+    top = 2 ** (activations.bits - 1) - 1
+    if activations.symmetric:
+        scale = np.maximum(-low, high) / np.float32(top)
+        return np.clip(np.round(x / scale), -top, top).astype(np.float64) * scale
+    scale = (high / 2 - low / 2) / np.float32((2 * top + 1) / 2)
+    zero = np.clip(np.round(-top - 1 - low / scale), -top - 1, top)
+    return (np.clip(np.round(x / scale) + zero, -top - 1, top).astype(np.float64) - zero) * scale
+
+
+def spread(part, shape):
+    """A scale or zero point repeated to the shape of the codes, in float64."""
+    part = np.asarray(part).astype(np.float64)
+    for axis, n in enumerate(shape):
+        part = np.repeat(part, n // part.shape[axis], axis)
+    return part
+
+
+def decoded(q):
+    """The weight in float64."""
+    zero = 0 if q.zero is None else spread(q.zero, q.shape)
+    return (np.asarray(q.codes).astype(np.float64) - zero) * spread(q.scale, q.shape)
+
+
+def close(got, expected, bound=1e-6):
+    """Within float32 rounding of the largest number."""
+    got, expected = np.asarray(got).astype(np.float64), np.asarray(expected).astype(np.float64)
+    assert got.shape == expected.shape
+    return np.max(np.abs(got - expected)) <= bound * np.max(np.abs(expected))
+
+
+# Every layout with int8 tokens, and every kind of tokens with the layouts that differ in what they need of them.
+DIFFERENT = ("matrix", "matrix-many-rows", "weight-first", "heads-in", "experts")
+EVERY_LAYOUT = [(spec, weights, "int8") for spec in SPECS for weights in WEIGHTS]
+EVERY_TOKEN = [
+    (spec, weights, activations)
+    for spec in DIFFERENT
+    for weights in ("channel", "int4-group-affine")
+    for activations in ACTIVATIONS
+]
+
+
+@pytest.mark.parametrize("spec, weights, activations", EVERY_TOKEN)
+def test_a_matmul_is_that_of_the_codes(spec, weights, activations):
+    """Law: the result is the oracle's, wherever the axes are and however the scales are laid out."""
+    _, x_shape, w_shape, _ = SPECS[spec]
+    x_axes, w_axes = axes_of(spec)
+    x, q = normal(x_shape), jq.quantize(normal(w_shape, 1), WEIGHTS[weights], axis=w_axes)
+    out = jax.jit(jq.quantized(lambda q, x: contract(spec, x, q), activations=ACTIVATIONS[activations]))(q, x)
+    assert close(out, contract(spec, rounded(x, ACTIVATIONS[activations], x_axes), decoded(q), np), 2e-6)
+
+
+def exact(shape, format, axes, seed):
+    """Weights (or tokens) of which every block holds the ends of the format's range, times a power of two each."""
+    rng, top = np.random.default_rng(seed), 2 ** (format.bits - 1) - 1
+    low, high = (-top, top) if format.symmetric else (-top + 2, top + 3)
+    codes = rng.integers(low, high + 1, shape)
+    moved = np.moveaxis(codes, axes[-1], 0)
+    moved[:: format.group or shape[axes[-1]]], moved[1 :: format.group or shape[axes[-1]]] = high, low
+    blocks = [1 if a in axes else n for a, n in enumerate(shape)]
+    if format.group:
+        blocks = [n // format.group if a == axes[-1] else n for a, n in enumerate(shape)]
+    blocks = blocks if format.per_channel else [1] * len(shape)
+    return (codes * spread(2.0 ** rng.integers(-2, 3, blocks), shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "spec, weights, activations", EVERY_LAYOUT + [row for row in EVERY_TOKEN if row[2] == "int8-affine"]
+)
+def test_with_scales_that_are_powers_of_two_it_is_exact(spec, weights, activations):
+    """Law 1: bit for bit the float matmul of the decoded weight, because no step rounds."""
+    _, x_shape, w_shape, _ = SPECS[spec]
+    x_axes, w_axes = axes_of(spec)
+    # One scale per token: along all the contracted axes.
+    x, w = exact(x_shape, ACTIVATIONS[activations], x_axes, 0), exact(w_shape, WEIGHTS[weights], w_axes, 1)
+    q = jq.quantize(w, WEIGHTS[weights], axis=w_axes)
+    assert np.array_equal(jq.dequantize(q), w)
+    out = jax.jit(jq.quantized(lambda q, x: contract(spec, x, q), activations=ACTIVATIONS[activations]))(q, x)
+    assert np.array_equal(out, contract(spec, x.astype(np.float64), w.astype(np.float64), np))
+
+
+@every_weight
+def test_one_row_is_the_first_of_many(weights):
+    """Law: W8A8 treats tokens apart, so a row alone has the bits it has among others of the same formulation."""
+    x, q = normal((4, 32)), jq.quantize(normal((32, 24), 1), WEIGHTS[weights])
+    run = jax.jit(jq.quantized(lambda q, x: x @ q))
+    assert np.array_equal(run(q, x[:1]), run(q, x)[:1])
+
+
+def test_one_row_is_never_an_integer_mat_vec_on_cpu():
+    """Law: XLA's CPU code multiplies a row by a matrix of int8 as two rows, the kind its library kernel takes."""
+    x, q = normal((1, 256)), jq.quantize(normal((256, 512), 1))
+    text = jax.jit(jq.quantized(lambda q, x: x @ q)).lower(q, x).compile().as_text()
+    assert set(re.findall(r"s32\[([\d,]+)\]\S* dot\(", text)) == {"2,512"}
+
+
+LONG = 140_000  # 127 * 127 * LONG > 2^31
+
+
+@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int8(group=LONG // 2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sums_longer_than_an_int32_are_split(format, rows):
+    """Law: K beyond the reach of an int32 sum equals the int64 oracle, at the codes that reach farthest."""
+    x, w = np.full((rows, LONG), 127, np.float32), np.full((LONG, 2), -127, np.float32)
+    q = jq.quantize(w, format)
+    assert close(jax.jit(jq.quantized(lambda q, x: x @ q))(q, x), np.full((rows, 2), -127 * 127 * LONG), 1e-5)
+
+
+def test_sums_longer_than_an_int32_are_float_in_ragged_dot():
+    """Law: experts with so many inputs are decoded, and a float32 sum of K terms is right to K * 2^-24."""
+    x, q = np.full((2, LONG), 127, np.float32), jq.quantize(np.full((1, LONG, 2), -127, np.float32))
+    out = jax.jit(jq.quantized(jax.lax.ragged_dot))(x, q, jnp.array([2], jnp.int32))
+    assert close(out, np.full((2, 2), -127 * 127 * LONG), LONG * 2**-24)
+
+
+def test_sums_longer_than_an_int32_are_float_in_convolutions():
+    """Law: as above, for a kernel with many input channels."""
+    x, w = np.full((1, LONG, 1), 127, np.float32), np.full((2, LONG, 1), -127, np.float32)
+    q = jq.quantize(w, axis=(1, 2))
+    out = jax.jit(jq.quantized(lambda q, x: jax.lax.conv(x, q, (1,), "VALID")))(q, x)
+    assert close(out, np.full((1, 2, 1), -127 * 127 * LONG), LONG * 2**-24)
+
+
+@every_weight
+@pytest.mark.parametrize("rows", [4, 9])
+def test_a_bad_token_spoils_only_itself(weights, rows):
+    """Law: NaN or infinity in a token gives NaN there, and every other token keeps its bits."""
+    x, q = normal((rows, 32)), jq.quantize(normal((32, 24), 1), WEIGHTS[weights])
+    run = jax.jit(jq.quantized(lambda q, x: x @ q))
+    clean = np.asarray(run(q, x))
+    for bad in (np.nan, np.inf, -np.inf):
+        spoilt = x.copy()
+        spoilt[1, 5] = bad
+        out = np.asarray(run(q, spoilt))
+        assert np.isnan(out[1]).all()
+        assert np.array_equal(np.delete(out, 1, 0), np.delete(clean, 1, 0))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_token_spoils_only_itself_with_float_activations(rows, bad):
+    """Law: with `activations=None` too, whichever formulation the number of rows chooses."""
+    x, q = normal((rows + 1, 32)), jq.quantize(normal((32, 24), 1))
+    spoilt = x.copy()
+    spoilt[0, 5] = bad
+    run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=None))
+    clean, out = np.asarray(run(q, x)), np.asarray(run(q, spoilt))
+    assert not np.isfinite(out[0]).any()
+    assert np.array_equal(out[1:], clean[1:])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
+def test_half_precision(dtype, activations):
+    """Law: 16-bit models give 16-bit results, off the oracle by no more than their own rounding."""
+    x, w = jnp.asarray(normal((3, 32)), dtype), jnp.asarray(normal((32, 24), 1), dtype)
+    q = jq.quantize(w)
+    out = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations))(q, x)
+    assert out.dtype == dtype
+    wide = np.asarray(x).astype(np.float32)
+    tokens = wide if activations is None else rounded(wide, jq.int8, (1,))
+    # Half an ulp for the result; the decoded weight is rounded to 16 bits too where the matmul is a float one.
+    assert close(out, tokens @ decoded(q), 2 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_float_activations_lose_nothing(rows):
+    """Law: with `activations=None` a huge number beside small ones costs what float32 costs."""
+    x, q = normal((rows, 64)), jq.quantize(normal((64, 24), 1))
+    x[:, 0] *= 1000
+    out = jax.jit(jq.quantized(lambda q, x: x @ q, activations=None))(q, x)
+    assert close(out, x.astype(np.float64) @ decoded(q))
+
+
+def test_a_scale_for_each_input_is_folded_into_the_activations():
+    """Law: `x @ (s * codes) == (x * s) @ codes`: still integer arithmetic, on tokens scaled before they are rounded."""
+    x, w = normal((3, 24)), jq.quantize(normal((24, 32), 1), axis=1)
+    assert w.scale.shape == (24, 1)
+    out = jax.jit(jq.quantized(lambda q, x: x @ q))(w, x)
+    scaled = x * np.asarray(w.scale)[:, 0]
+    assert close(out, rounded(scaled, jq.int8, (1,)) @ np.asarray(w.codes).astype(np.float64))
+    assert jq.explain(lambda q, x: x @ q, w, x).meetings[0].arithmetic == INTEGER
+
+
+def split_largest(x, count, axes):
+    """The `count` largest numbers of each token and the rest, each in the shape of `x`."""
+    tokens = np.moveaxis(x, axes, range(-len(axes), 0))
+    flat = tokens.reshape(*tokens.shape[: x.ndim - len(axes)], -1)
+    largest = np.zeros(flat.shape, bool)
+    np.put_along_axis(largest, np.argsort(-np.abs(flat), -1)[..., :count], True, -1)
+    largest = np.moveaxis(largest.reshape(tokens.shape), range(-len(axes), 0), axes)
+    return np.where(largest, x, 0), np.where(largest, 0, x)
+
+
+@pytest.mark.parametrize("spec", DIFFERENT)
+@pytest.mark.parametrize(
+    "weights, activations, outliers",
+    [("tensor", "int8", 1), ("channel", "int8-affine", 3), ("int4-group-affine", "int8", 2)],
+)
+def test_outliers_are_multiplied_in_float_and_the_rest_in_codes(spec, weights, activations, outliers):
+    """Law: each token's largest activations are exact, and the scale of the others is theirs alone."""
+    _, x_shape, w_shape, _ = SPECS[spec]
+    x_axes, w_axes = axes_of(spec)
+    x, q = normal(x_shape) ** 5, jq.quantize(normal(w_shape, 1), WEIGHTS[weights], axis=w_axes)
+    options = {"activations": ACTIVATIONS[activations], "outliers": outliers}
+    out = jax.jit(jq.quantized(lambda q, x: contract(spec, x, q), **options))(q, x)
+    largest, rest = split_largest(x, outliers, x_axes)
+    tokens = largest + rounded(rest, ACTIVATIONS[activations], x_axes)
+    assert close(out, contract(spec, tokens, decoded(q), np), 2e-6)
+
+
+@pytest.mark.parametrize("weights", ["channel", "affine", "int4-group"])
+def test_with_every_activation_an_outlier_nothing_is_rounded(weights):
+    """Law: as many outliers as inputs, or more, is the float matmul."""
+    x, q = normal((3, 16)), jq.quantize(normal((16, 24), 1), WEIGHTS[weights])
+    for outliers in (16, 99):
+        out = jax.jit(jq.quantized(lambda q, x: x @ q, outliers=outliers))(q, x)
+        assert close(out, x.astype(np.float64) @ decoded(q))
+
+
+@pytest.mark.parametrize("weights", ["channel", "group"])
+@pytest.mark.parametrize("rows", [3, 9])
+def test_a_bad_token_spoils_only_itself_with_outliers(weights, rows):
+    """Law: also where the bad number is the outlier, and where there are more of them than outliers."""
+    x, q = normal((rows, 32)), jq.quantize(normal((32, 24), 1), WEIGHTS[weights])
+    run = jax.jit(jq.quantized(lambda q, x: x @ q, outliers=2))
+    clean = np.asarray(run(q, x))
+    for bad, count in itertools.product((np.nan, np.inf), (1, 3)):
+        spoilt = x.copy()
+        spoilt[1, :count] = bad
+        out = np.asarray(run(q, spoilt))
+        assert not np.isfinite(out[1]).any()
+        assert np.array_equal(np.delete(out, 1, 0), np.delete(clean, 1, 0))
+
+
+@pytest.mark.parametrize("outliers", [-1, 1.0, True, "1", None])
+def test_a_number_of_outliers_that_cannot_be(outliers):
+    """Law: refused by name when `quantized` is called."""
+    with as_shipped(), pytest.raises(FormatError, match="outliers="):
+        jq.quantized(jnp.matmul, outliers=outliers)
+
+
+INVALID = {
+    "fp8": jq.fp8,
+    "nf4": jq.nf4,
+    "groups": jq.int8(group=8),
+    "per-tensor": jq.int8(per_channel=False),
+}
+
+
+@pytest.mark.parametrize("format", INVALID.values(), ids=INVALID)
+def test_formats_that_activations_cannot_have(format):
+    """Law: refused when `quantized` is called, before anything runs, naming what is valid."""
+    x, w = jnp.ones((2, 8)), jnp.ones((8, 8))
+    numbers = (((1,), (0,)), ((), ()))
+    for run in (
+        lambda: jq.quantized(jnp.matmul, activations=format),
+        lambda: jq.explain(jnp.matmul, w, x, activations=format),
+        lambda: jq.dot_general(x, jq.quantize(w), numbers, activations=format),
+    ):
+        with pytest.raises(FormatError, match=r"activations=.*per token"):
+            run()
+
+
+# Convolutions and ragged_dot
+
+
+def naive_conv(x, w, stride, groups):
+    """`[b, h, w, c]` by `[h, w, c / groups, out]`, "SAME" as XLA pads it, in float64."""
+    (b, height, width, _), (kh, kw, inner, outer) = x.shape, w.shape
+    out_h, out_w = -(-height // stride), -(-width // stride)
+    pads = [max((o - 1) * stride + k - n, 0) for o, k, n in ((out_h, kh, height), (out_w, kw, width))]
+    x = np.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)))
+    out = np.zeros((b, out_h, out_w, outer))
+    for i, j, group in np.ndindex(out_h, out_w, groups):
+        window = x[:, i * stride : i * stride + kh, j * stride : j * stride + kw, group * inner : (group + 1) * inner]
+        part = slice(group * outer // groups, (group + 1) * outer // groups)
+        out[:, i, j, part] = np.einsum("bhwc,hwco->bo", window, w[..., part])
+    return out
+
+
+def conv(x, w, stride, groups):
+    """The same by XLA."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+every_conv = pytest.mark.parametrize("stride, groups", [(1, 1), (2, 1), (2, 4)])
+KERNELS = [("tensor", "int8"), ("channel", "int8"), ("affine", "int8"), ("affine", "int8-affine"), ("channel", "int4")]
+
+
+@every_conv
+@pytest.mark.parametrize("weights, activations", KERNELS)
+def test_a_convolution_is_that_of_the_codes(stride, groups, weights, activations):
+    """Law: with a scale per image and per output channel, at the borders too, where the padding is a true zero."""
+    x, w = normal((2, 6, 5, 8)) + 1, normal((3, 3, 8 // groups, 12), 1)
+    q = jq.quantize(w, WEIGHTS[weights], axis=(0, 1, 2))
+    run = jq.quantized(lambda q, x: conv(x, q, stride, groups), activations=ACTIVATIONS[activations])
+    expected = naive_conv(rounded(x, ACTIVATIONS[activations], (1, 2, 3)), decoded(q), stride, groups)
+    assert close(jax.jit(run)(q, x), expected, 2e-6)
+
+
+@every_conv
+@pytest.mark.parametrize("weights, activations", KERNELS[:4])
+def test_a_convolution_with_scales_that_are_powers_of_two_is_exact(stride, groups, weights, activations):
+    """Law 1, bit for bit."""
+    x = exact((2, 6, 5, 8), ACTIVATIONS[activations], (1, 2, 3), 0)
+    w = exact((3, 3, 8 // groups, 12), WEIGHTS[weights], (0, 1, 2), 1)
+    q = jq.quantize(w, WEIGHTS[weights], axis=(0, 1, 2))
+    run = jq.quantized(lambda q, x: conv(x, q, stride, groups), activations=ACTIVATIONS[activations])
+    expected = naive_conv(x.astype(np.float64), w.astype(np.float64), stride, groups)
+    assert np.array_equal(jax.jit(run)(q, x), expected)
+
+
+SIZES = np.array([2, 0, 3, 1], np.int32)
+
+
+def naive_ragged(x, w, sizes):
+    """Each row by the matrix of its own group; zeros beyond the groups."""
+    out, start = np.zeros((x.shape[0], w.shape[2])), 0
+    for expert, size in enumerate(sizes):
+        out[start : start + size] = x[start : start + size] @ w[expert]
+        start += size
+    return out
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+@pytest.mark.parametrize("weights", ["tensor", "channel", "affine", "group"])
+@pytest.mark.parametrize("activations", ["int8", "int8-affine"])
+def test_ragged_dot_with_scales_that_are_powers_of_two_is_exact(rows, weights, activations):
+    """Law 1, bit for bit, also for tokens that no expert serves."""
+    x, w = exact((rows, 32), ACTIVATIONS[activations], (1,), 0), exact((4, 32, 24), WEIGHTS[weights], (1,), 1)
+    q = jq.quantize(w, WEIGHTS[weights], axis=1)
+    run = jax.jit(jq.quantized(jax.lax.ragged_dot, activations=ACTIVATIONS[activations]))
+    assert np.array_equal(run(x, q, SIZES), naive_ragged(x, w, SIZES))
+
+
+@pytest.mark.parametrize("weights", ["tensor", "channel", "affine"])
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_ragged_dot_is_that_of_the_codes(weights, activations):
+    """Law: the result is the oracle's."""
+    x, q = normal((6, 32)), jq.quantize(normal((4, 32, 24), 1), WEIGHTS[weights], axis=1)
+    out = jax.jit(jq.quantized(jax.lax.ragged_dot, activations=ACTIVATIONS[activations]))(x, q, SIZES)
+    assert close(out, naive_ragged(rounded(x, ACTIVATIONS[activations], (1,)), decoded(q), SIZES), 2e-6)
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("spec", ["matrix", "weight-first", "heads-in", "experts"])
+@pytest.mark.parametrize("weights", ["channel", "int4-group-affine"])
+@pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
+def test_derivatives_are_those_of_the_decoded_matmul(spec, weights, activations):
+    """Law: backward in the input and in the scale, and forward: the decoded matmul's, straight through rounding."""
+    _, x_shape, w_shape, _ = SPECS[spec]
+    x, q = normal(x_shape), jq.quantize(normal(w_shape, 1), WEIGHTS[weights], axis=axes_of(spec)[1])
+    run = jq.quantized(lambda q, x: contract(spec, x, q), activations=activations)
+
+    def plain(q, x):
+        return contract(spec, x, jq.dequantize(q))
+
+    weighing = normal(jax.eval_shape(run, q, x).shape, 2)
+
+    def gradients(fn):
+        loss = lambda q, x: jnp.sum(fn(q, x) * weighing)  # noqa: E731
+        dq, dx = quickly_jitted(jax.grad(loss, argnums=(0, 1), allow_int=True))(q, x)
+        return dq.scale, dx
+
+    for got, expected in zip(gradients(run), gradients(plain), strict=True):
+        assert close(got, expected, 1e-5)
+    towards = normal(x_shape, 3)
+    got, expected = (
+        quickly_jitted(lambda x, fn=fn: jax.jvp(lambda x: fn(q, x), (x,), (towards,)))(x) for fn in (run, plain)
+    )
+    assert close(got[1], expected[1], 1e-5)
+    assert close(got[0], quickly_jitted(run)(q, x))
+
+
+def test_derivatives_of_convolution_and_ragged_dot():
+    """Law: as for matmuls."""
+    kernel, experts = jq.quantize(normal((3, 3, 8, 12)), axis=(0, 1, 2)), jq.quantize(normal((4, 32, 24)))
+    cases = [
+        (lambda q, x: conv(x, q, 1, 1), kernel, normal((2, 6, 5, 8))),
+        (lambda q, x: jax.lax.ragged_dot(x, q, jnp.asarray(SIZES)), experts, normal((6, 32))),
+    ]
+    for fn, q, x in cases:
+        got = quickly_jitted(jax.grad(lambda x, fn=fn, q=q: jnp.sum(jq.quantized(fn)(q, x))))(x)
+        expected = quickly_jitted(jax.grad(lambda x, fn=fn, q=q: jnp.sum(fn(jq.dequantize(q), x))))(x)
+        assert close(got, expected, 1e-5)
+
+
+# jq.dot_general
+
+NUMBERS = (((1,), (0,)), ((), ()))
+
+
+def test_dot_general_of_arrays_is_that_of_jax():
+    """Law: with no QTensor it is `jax.lax.dot_general`, in its results, dtypes and options."""
+    x, w = jnp.asarray(normal((3, 32)), jnp.bfloat16), jnp.asarray(normal((32, 24), 1), jnp.bfloat16)
+    for options in ({}, {"preferred_element_type": jnp.float32}, {"precision": jax.lax.Precision.HIGHEST}):
+        got, expected = jq.dot_general(x, w, NUMBERS, **options), jax.lax.dot_general(x, w, NUMBERS, **options)
+        assert got.dtype == expected.dtype and np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
+def test_dot_general_is_what_quantized_does(activations):
+    """Law: `jq.dot_general(x, q) == quantized(lax.dot_general)(x, q)`, with the QTensor on either side."""
+    x, q = jnp.asarray(normal((3, 32))), jq.quantize(normal((32, 24), 1))
+    run = jq.quantized(lambda a, b, numbers: jax.lax.dot_general(a, b, numbers), activations=activations)
+    for a, b, numbers in ((x, q, NUMBERS), (q, x, (((0,), (1,)), ((), ())))):
+        assert np.array_equal(jq.dot_general(a, b, numbers, activations=activations), run(a, b, numbers))
+
+
+def test_dot_general_of_two_qtensors_decodes_the_left():
+    """Law: two weights in codes mean the product of what they stand for, the left one taken as activations."""
+    a, b = jq.quantize(normal((3, 32)), axis=1), jq.quantize(normal((32, 24), 1))
+    assert close(jq.dot_general(a, b, NUMBERS, activations=None), decoded(a) @ decoded(b))
+
+
+@pytest.mark.parametrize("weights", [jq.int8, jq.int4(group=8)], ids=str)
+def test_flax_hooks_are_what_quantized_does(weights):
+    """Law: a Flax layer with the hook, over its float kernel, equals the plain layer over the quantized kernel."""
+    x, hook = normal((3, 32)), functools.partial(jq.dot_general, weights=weights)
+    plain = nn.Dense(24)
+    params = plain.init(jax.random.key(0), x)
+    expected = jq.quantized(plain.apply)(jq.quantize_params(params, weights), x)
+    assert np.array_equal(nn.Dense(24, dot_general=hook).apply(params, x), expected)
+    assert np.array_equal(nn.Dense(24, dot_general_cls=lambda: hook).apply(params, x), expected)
+
+    layer = nnx.Linear(32, 24, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    expected = jq.quantized(lambda state, x: nnx.merge(graphdef, state)(x))(jq.quantize_params(state, weights), x)
+    assert np.array_equal(nnx.Linear(32, 24, dot_general=hook, rngs=nnx.Rngs(0))(x), expected)
+
+
+# Look-ups
+
+LOOK_UPS = {
+    "rows": lambda q, i: jnp.take(q, i, axis=0),
+    "clipped": lambda q, i: jnp.take(q, i, axis=0, mode="clip"),
+    "wrapped": lambda q, i: jnp.take(q, i, axis=0, mode="wrap"),
+    "columns": lambda q, i: jnp.take(q, i, axis=1),
+    "indexed": lambda q, i: q[i],
+    "tables": lambda q, i: q[i[:, :1], i[:, 1:]],
+    "one by one": lambda q, i: jax.vmap(lambda k: q[k])(i),
+}
+
+
+TABLES = [(jq.int8, 0), (jq.int4(group=8, symmetric=False), 1), (jq.nf4(group=8), 0), (jq.fp8, 1)]
+
+
+@pytest.mark.parametrize("pick", LOOK_UPS.values(), ids=LOOK_UPS)
+@pytest.mark.parametrize("format, axis", TABLES, ids=lambda value: str(value))
+def test_a_look_up_is_that_of_the_decoded_table(pick, format, axis):
+    """Law: bit for bit, with negative indices counted from the end and NaN where an index is out of range."""
+    q = jq.quantize(normal((24, 16)), format, axis=axis)
+    indices = jnp.array([[0, 5, 23], [-1, -24, 24], [100, -25, 7]], jnp.int32)
+    got, expected = jq.quantized(pick)(q, indices), pick(jq.dequantize(q), indices)
+    assert np.array_equal(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("format", [jq.int8, jq.int4(group=8)], ids=str)
+def test_picked_matrices_stay_in_codes(format):
+    """Law: experts that are picked are weights still, and one out of range gives NaN to its own tokens."""
+    q, x, chosen = jq.quantize(normal((3, 32, 24)), format), normal((4, 32), 1), jnp.array([2, 0, 5, -1], jnp.int32)
+
+    def fn(q, chosen, x):
+        return jnp.einsum("td,tdf->tf", x, jnp.take(q, chosen, axis=0))
+
+    out = jq.quantized(fn)(q, chosen, x)
+    served, experts = [0, 1, 3], decoded(q)[[2, 0, 2]]
+    assert np.isnan(out[2]).all()
+    assert close(out[np.array(served)], np.einsum("td,tdf->tf", rounded(x[served], jq.int8, (1,)), experts), 2e-6)
+    assert [row.arithmetic for row in jq.explain(fn, q, chosen, x).meetings] == [INTEGER]
