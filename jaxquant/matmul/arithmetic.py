@@ -36,37 +36,46 @@ _FEW_DIGITS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Formulation:
-    """One way to multiply, what to call its arithmetic, and why it is not an integer one."""
+    """One way to multiply.
 
-    run: Callable[[Array, QTensor], Array]
+    Args:
+      arithmetic: what to call it.
+      reason: why it is not in integers; empty where it is.
+      run: `(x, q) -> out`, or None for a float matmul with the decoded weight.
+      say: for that float matmul, what becomes of the activations first; None to leave them as they are.
+    """
+
     arithmetic: str
     reason: str = ""
+    run: Callable[[Array, QTensor], Array] | None = None
+    say: Callable[[Array], Array] | None = None
 
 
-def choose(rows: int, q: QTensor, activations: Format | None, outliers: int) -> Formulation:
+def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int) -> Formulation:
     """The formulation for `rows` tokens and a weight `[B, K, N]`, from shapes alone.
 
     Args:
       rows: M, the tokens of one matmul of the batch.
       q: the weight; its scale is `[1 or B, groups, 1 or N]`.
+      inputs_last: whether a weight's inputs are what lies together in memory.
       activations: the format of the activations, or None to keep them in floating point.
       outliers: how many of each token's largest activations stay in floating point.
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
     if not q.is_integer:
-        return Formulation(decoded, WEIGHT_ONLY, "its codes are not integers")
+        return Formulation(WEIGHT_ONLY, "its codes are not integers")
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1):
-        return Formulation(decoded, FLOAT, "it has a scale for every input")
+        return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
         digits_pay = rows <= _FEW_DIGITS and groups == 1
-        return Formulation(digits if digits_pay else decoded, WEIGHT_ONLY, "activations=None")
+        return Formulation(WEIGHT_ONLY, "activations=None", run=digits if digits_pay else None)
     exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
     if groups == inputs > 1:
-        return Formulation(functools.partial(folded, run=exact), INTEGER)
-    if groups > 1 and rows > _FEW_ROWS:
-        run = functools.partial(decoded_codes, activations=activations, outliers=min(outliers, inputs))
-        return Formulation(run, FLOAT, f"with {groups} groups and {rows} rows it is faster decoded")
-    return Formulation(exact, INTEGER)
+        return Formulation(INTEGER, run=functools.partial(folded, run=exact))
+    if groups > 1 and (rows > _FEW_ROWS or inputs_last):
+        heard = functools.partial(say, activations=activations, outliers=outliers)
+        return Formulation(FLOAT, f"with {groups} groups and {rows} rows it is faster decoded", say=heard)
+    return Formulation(INTEGER, run=exact)
 
 
 def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M N"]:
@@ -87,24 +96,6 @@ def folded(x: Float[Array, "B M K"], q: QTensor, run: Callable[[Array, QTensor],
     return run(scaled, dataclasses.replace(q, scale=jnp.ones((1, 1, 1), jnp.float32)))
 
 
-def decoded_codes(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M N"]:
-    """The numbers of `integer`, multiplied as floats: what the codes of the activations say with the decoded weight."""
-    rest, largest = split_outliers(x, outliers)
-    tokens = quantize_tokens(rest, activations)
-    centred = tokens.codes.astype(jnp.float32)
-    centred = centred if tokens.zero is None else centred - tokens.zero
-    said = centred * tokens.scale
-    for index, value in largest:
-        said = jnp.where(_is_at(index, said.shape[-1]), said + value, said)
-    return _float_dot(said, decode(q.astype(jnp.float32)))
-
-
-def decoded(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
-    """The decoded weight in a float matmul."""
-    x = x.astype(jnp.promote_types(x.dtype, q.dtype))
-    return _float_dot(x, decode(q.astype(x.dtype)))
-
-
 def digits(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     """Float activations against integer codes without decoding them, where that is slow (CPU).
 
@@ -123,7 +114,7 @@ def digits(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
         return functools.reduce(operator.add, map(operator.mul, scales, parts))
 
     def as_floats(x, q):
-        return decoded(x, q).astype(jnp.float32)
+        return _batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
 
     return jax.lax.platform_dependent(x, q, cpu=as_digits, default=as_floats)
 
@@ -143,6 +134,15 @@ def quantize_tokens(x: Float[Array, "..."], activations: Format, axis: Axes = -1
     finite = jnp.all(jnp.isfinite(x), axis=axis, keepdims=True)
     zero = None if q.zero is None else q.zero.astype(jnp.float32)
     return Tokens(q.codes.astype(jnp.int8), jnp.where(finite, q.scale, jnp.nan), zero)
+
+
+def say(x: Float[Array, "B M K"], activations: Format, outliers: int) -> Float[Array, "B M K"]:
+    """What the codes of activations say: the numbers that `integer` multiplies, as floats."""
+    rest, largest = split_outliers(x, min(outliers, x.shape[-1]))
+    tokens = quantize_tokens(rest, activations)
+    centred = tokens.codes.astype(jnp.float32)
+    said = tokens.scale * (centred if tokens.zero is None else centred - tokens.zero)
+    return functools.reduce(lambda y, one: jnp.where(_is_at(one[0], y.shape[-1]), y + one[1], y), largest, said)
 
 
 def split_outliers(x: Float[Array, "B M K"], count: int) -> tuple[Array, list[tuple[Array, Array]]]:
@@ -212,10 +212,6 @@ def _int8_dot(x: Int8[Array, "B G M k"], w: Int8[Array, "B G k N"]) -> Int32[Arr
         return _batched_dot(jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), w, jnp.int32)[:, :, :1]
 
     return jax.lax.platform_dependent(x, w, cpu=padded, default=lambda x, w: _batched_dot(x, w, jnp.int32))
-
-
-def _float_dot(x: Float[Array, "B M K"], w: Float[Array, "B K N"]) -> Float[Array, "B M N"]:
-    return _batched_dot(x[:, None], w[:, None], None)[:, 0]
 
 
 def _batched_dot(x: Array, w: Array, dtype) -> Array:

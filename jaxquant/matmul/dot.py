@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxquant.encode import quantize
 from jaxquant.errors import FormatError
 from jaxquant.format import Format, int8
-from jaxquant.matmul.arithmetic import FLOAT, choose
+from jaxquant.matmul.arithmetic import FLOAT, Formulation, choose
 from jaxquant.matmul.derivative import apply
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
@@ -29,6 +29,7 @@ class Dot:
       weight_first: whether the weight is the left operand.
       activations, outliers: the format of the activations or None, and how many of each token's stay in float.
       precision, dtype: as `jax.lax.dot_general` takes the precision and the result's dtype.
+      memory: the permutation that brings the weight's axes to the order they lie in memory.
     """
 
     contracted: tuple[tuple[int, ...], tuple[int, ...]]
@@ -38,13 +39,14 @@ class Dot:
     outliers: int
     precision: Any
     dtype: Any
+    memory: tuple[int, ...]
 
     def arithmetic(self, x_shape: tuple[int, ...], q: QTensor) -> tuple[str, str]:
         """How this will be computed, and why not in integers."""
         weight = jax.eval_shape(self._weight, q)
         if weight is None:
             return FLOAT, "its scales do not follow the axes of this matmul"
-        formulation = choose(self._rows(x_shape), weight, self.activations, self.outliers)
+        formulation = self._choose(x_shape, weight)
         return formulation.arithmetic, formulation.reason
 
     def forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
@@ -52,20 +54,30 @@ class Dot:
         weight = self._weight(q)
         if weight is None:
             return self.reference(x, q)
-        formulation = choose(self._rows(x.shape), weight, self.activations, self.outliers)
-        out = formulation.run(self._tokens(x), weight)
-        return self._assembled(out, x.shape, q.shape).astype(self.dtype)
+        formulation = self._choose(x.shape, weight)
+        if formulation.run is not None:
+            out = formulation.run(self._tokens(x), weight)
+            return self._assembled(out, x.shape, q.shape).astype(self.dtype)
+        if formulation.say is None:
+            return self.reference(x, q)
+        # In float32 whatever the dtype, so that the codes of the activations are exact here too.
+        said = self._untokened(formulation.say(self._tokens(x)), x.shape)
+        exact = dataclasses.replace(self, dtype=jnp.dtype(jnp.float32))
+        return exact.reference(said, q.astype(jnp.float32)).astype(self.dtype)
 
     def reference(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
-        """The product with the decoded weight."""
+        """The product with the decoded weight, which is decoded in the order it lies in memory."""
         contracted, batch = self.contracted, self.batch
-        operands = (x, decode(q))
+        weight = decode(views.transpose(q, self.memory))
+        operands = (x, jnp.transpose(weight, [self.memory.index(axis) for axis in range(q.ndim)]))
         if self.weight_first:
             contracted, batch, operands = _swap(contracted), _swap(batch), _swap(operands)
         return jax.lax.dot_general(operands[0], operands[1], (contracted, batch), self.precision, self.dtype)
 
-    def _rows(self, x_shape: tuple[int, ...]) -> int:
-        return _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
+    def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
+        rows = _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
+        inputs_last = bool(self.memory) and self.memory[-1] in self.contracted[1]
+        return choose(rows, weight, inputs_last, self.activations, self.outliers)
 
     def _tokens(self, x: Array) -> Float[Array, "B M K"]:
         """The activations as rows of a batch of matrices."""
@@ -73,6 +85,13 @@ class Dot:
         rest = _rest(x.ndim, contracted, batch)
         moved = jnp.transpose(x, (*batch, *rest, *contracted))
         return moved.reshape(_sizes(x.shape, batch), _sizes(x.shape, rest), _sizes(x.shape, contracted))
+
+    def _untokened(self, rows: Float[Array, "B M K"], x_shape: tuple[int, ...]) -> Array:
+        """The inverse of `_tokens`."""
+        contracted, batch = self.contracted[0], self.batch[0]
+        order = (*batch, *_rest(len(x_shape), contracted, batch), *contracted)
+        moved = rows.reshape([x_shape[axis] for axis in order])
+        return jnp.transpose(moved, [order.index(axis) for axis in range(len(order))])
 
     def _weight(self, q: QTensor) -> QTensor | None:
         """The weight as a batch of matrices `[B, K, N]`; None where its scales cannot follow."""
@@ -118,13 +137,18 @@ def _spread(q: QTensor) -> QTensor:
 
 
 def make_dot(
-    numbers: DimensionNumbers, weight_first: bool, activations: tuple[Format | None, int], precision, dtype
+    numbers: DimensionNumbers,
+    weight_first: bool,
+    activations: tuple[Format | None, int],
+    precision: Any,
+    dtype: Any,
+    memory: tuple[int, ...],
 ) -> Dot:
     """A `Dot` from the dimension numbers of `jax.lax.dot_general` and `(activations, outliers)`."""
     contracted, batch = ((tuple(map(int, pair[0])), tuple(map(int, pair[1]))) for pair in numbers)
     if weight_first:
         contracted, batch = _swap(contracted), _swap(batch)
-    return Dot(contracted, batch, weight_first, *activations, precision, jnp.dtype(dtype))
+    return Dot(contracted, batch, weight_first, *activations, precision, jnp.dtype(dtype), memory)
 
 
 def check_activations(activations: Format | None, outliers: int) -> None:
@@ -176,5 +200,7 @@ def dot_general(
     first = isinstance(lhs, QTensor)
     x, q = (rhs, lhs) if first else (lhs, rhs)
     dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)
-    out = apply(make_dot(dimension_numbers, first, (activations, outliers), precision, dtype), x, q)
+    out = apply(
+        make_dot(dimension_numbers, first, (activations, outliers), precision, dtype, tuple(range(q.ndim))), x, q
+    )
     return out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)

@@ -74,7 +74,8 @@ def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear:
     if not _fits(param, x, "dot_general", hear) or params.get("out_sharding") is not None:
         return None
     numbers, precision = params["dimension_numbers"], params["precision"]
-    dot = make_dot(numbers, first, activations, precision, result.dtype)
+    memory = param.memory or tuple(range(param.value.ndim))
+    dot = make_dot(numbers, first, activations, precision, result.dtype, memory)
     hear(lambda: _meeting(param, "dot_general", x, activations[0], *dot.arithmetic(x.shape, param.value)))
     return apply(dot, x, param.value)
 

@@ -17,17 +17,27 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxquant.trace import views
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["path", "memory"])
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """A parameter on its way through the function: a bundle with `.shape` and `.dtype`, and the path it came from."""
+    """A parameter on its way through the function: a bundle with `.shape` and `.dtype`, and the path it came from.
+
+    `memory` is the permutation that brings it back to the order it lies in memory, where it was only transposed.
+    """
 
     value: Any
     path: str
+    memory: tuple[int, ...] | None = None
 
     def view(self, value) -> "Param":
         """The same parameter seen through a view."""
-        return dataclasses.replace(self, value=value)
+        return Param(value, self.path)
+
+    def transposed(self, permutation: Sequence[int]) -> "Param":
+        """The same parameter with its axes permuted."""
+        place = {axis: new for new, axis in enumerate(permutation)}
+        memory = tuple(place[axis] for axis in (self.memory or range(len(place))))
+        return Param(views.transpose(self.value, permutation), self.path, memory)
 
 
 @dataclasses.dataclass(frozen=True)

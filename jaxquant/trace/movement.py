@@ -37,7 +37,7 @@ def _convert(eqn: JaxprEqn, param: Param) -> Param | None:
 
 
 def _transpose(eqn: JaxprEqn, param: Param) -> Param:
-    return param.view(views.transpose(param.value, _ints(eqn.params["permutation"])))
+    return param.transposed(_ints(eqn.params["permutation"]))
 
 
 def _reshape(eqn: JaxprEqn, param: Param) -> Param | None:
