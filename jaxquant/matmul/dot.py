@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxquant.encode import quantize
@@ -165,8 +166,8 @@ def check_activations(activations: Format | None, outliers: int) -> None:
 
 
 def dot_general(
-    lhs: Float[Array, "..."] | QTensor,
-    rhs: Float[Array, "..."] | QTensor,
+    lhs: ArrayLike | QTensor,
+    rhs: ArrayLike | QTensor,
     dimension_numbers: DimensionNumbers,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -192,6 +193,7 @@ def dot_general(
     check_activations(activations, outliers)
     if weights is not None and not isinstance(rhs, QTensor):
         rhs = quantize(rhs, weights, axis=tuple(dimension_numbers[0][1]))
+    lhs, rhs = (side if isinstance(side, QTensor) else jnp.asarray(side) for side in (lhs, rhs))
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         lhs = decode(lhs)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):

@@ -94,7 +94,7 @@ def _is_result(leaf) -> bool:
 
 
 def _aval(leaf):
-    """What a parameter looks like to the function: an array of its own dtype, wherever its first part is sharded."""
+    """What a parameter looks like to the function: an array of its shape and of the dtype it decodes to."""
     if not isinstance(leaf, Param):
         return leaf
     return jax.ShapeDtypeStruct(leaf.value.shape, leaf.value.dtype)
