@@ -40,7 +40,7 @@ ARITHMETIC = {"activations": jq.int8(symmetric=False), "outliers": 1}
 WINDOW = 512
 CACHE = 640
 ANSWER = 100
-DECODE_STEPS = 32
+DECODE_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
