@@ -152,3 +152,15 @@ def test_keyword_arguments_and_later_parameters():
     assert rows(fn, params, X, flag=True, more=more) == [("w", "dot_general", INTEGER)]
     (row,) = jq.explain(fn, params, X, flag=False, more=more).meetings
     assert row.path.endswith("u") and row.arithmetic == INTEGER
+
+
+def test_matmuls_of_activations_are_listed_as_float():
+    """Law: every matmul has a row, in the order of the program, also one inside a call that meets no parameter."""
+
+    def attend(params, x):
+        q = x @ params["w"]
+        return jax.jit(lambda q, k: q @ k.T)(q, x)
+
+    explanation = jq.explain(attend, {"w": jq.quantize(normal(16, 16))}, X)
+    assert [(row.path, row.arithmetic) for row in explanation.meetings] == [("w", INTEGER), ("", FLOAT)]
+    assert explanation.meetings[1].reason == "both operands are activations"

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from jaxquant.trace.control import CONTROL, Param, Walker
 from jaxquant.trace.movement import moved, result_of
@@ -33,11 +33,13 @@ class Rules:
       decode: `(param, operation name) -> array`: the float array an operation without a rule gets.
       operations: by primitive name, `(inputs, equation parameters, result) -> array`, with `Param`s among the inputs
         and `result` the shape and dtype that must come out; None to decline, and the inputs are decoded.
+      untouched: hears the primitive's name and the inputs' shapes of every equation that meets no parameter.
     """
 
     is_param: Callable[[Any], bool]
     decode: Callable[[Param, str], jax.Array]
     operations: Mapping[str, Rule]
+    untouched: Callable[[str, Sequence[Any]], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker
             env.update(zip(eqn.outvars, _meet(eqn, values, rules, walker), strict=True))
         else:
             untouched.append(eqn)
+            _hear(eqn, rules)
     env.update(_bind(untouched, env))
     return [_read(env, atom) for atom in jaxpr.jaxpr.outvars]
 
@@ -152,6 +155,16 @@ def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> list
         else:
             outs = moved(eqn, inputs)
     return _bind_one(eqn, [walker.decode(x, name) for x in inputs]) if outs is None else outs
+
+
+def _hear(eqn: JaxprEqn, rules: Rules) -> None:
+    """Tells who listens of an equation that met no parameter, and of those inside it."""
+    if rules.untouched is None:
+        return
+    rules.untouched(eqn.primitive.name, [atom.aval for atom in eqn.invars])
+    for inner in jaxprs_in_params(eqn.params):
+        for inner_eqn in inner.eqns:
+            _hear(inner_eqn, rules)
 
 
 def _read(env: Mapping, atom):

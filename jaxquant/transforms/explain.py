@@ -61,13 +61,14 @@ class Explanation:
 def explain(
     fn: Callable, params: PyTree, *args: Any, activations: Format | None = int8, outliers: int = 0, **kwargs: Any
 ) -> Explanation:
-    """Tells how `quantized(fn, activations=activations)(params, *args)` computes every matmul that reads a parameter.
+    """Tells how `quantized(fn, activations=activations)(params, *args)` computes every matmul.
 
     Nothing is computed: the function is traced, so arguments may be `jax.ShapeDtypeStruct`s.
 
     Args:
       fn: the function, not yet wrapped in `quantized`.
-      params: its first argument, with `QTensor`s in it; arrays that were left in floating point are listed too.
+      params: its first argument, with `QTensor`s in it; arrays that were left in floating point are listed too, and
+        matmuls of activations with activations, whose path is empty.
       *args, **kwargs: its other arguments.
       activations, outliers: as for `quantized`.
 
@@ -76,7 +77,7 @@ def explain(
       where it is not `int8 x int8 -> int32`.
     """
     meetings: list[Meeting] = []
-    rules = _watching(matmul.rules(activations, outliers, meetings.append))
+    rules = _watching(matmul.rules(activations, outliers, meetings.append), meetings.append)
     watched = jax.tree.map(_watch, params, is_leaf=is_qtensor)
     staged = trace.stage(fn, rules, (watched, *args), kwargs)
     jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)
@@ -108,8 +109,8 @@ class Unquantized:
         return Unquantized(self.array.astype(dtype))
 
 
-def _watching(rules: trace.Rules) -> trace.Rules:
-    """The rules of `quantized`, which also follow the arrays that were left in floating point."""
+def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Rules:
+    """The rules of `quantized`, which also follow arrays left in floating point, and see matmuls without either."""
 
     def decode(param: trace.Param, why: str) -> Array:
         return rules.decode(param, why) if is_qtensor(param.value) else param.value.array
@@ -117,7 +118,13 @@ def _watching(rules: trace.Rules) -> trace.Rules:
     def is_param(leaf: Any) -> bool:
         return is_qtensor(leaf) or isinstance(leaf, Unquantized)
 
-    return dataclasses.replace(rules, is_param=is_param, decode=decode)
+    def untouched(name: str, inputs: Sequence[Any]) -> None:
+        if name in rules.operations and name != "gather":
+            x, y = inputs[:2]
+            dtypes = (jnp.dtype(y.dtype).name, jnp.dtype(x.dtype).name)
+            record(Meeting("", name, x.shape, y.shape, *dtypes, matmul.FLOAT, "both operands are activations"))
+
+    return dataclasses.replace(rules, is_param=is_param, decode=decode, untouched=untouched)
 
 
 def _watch(leaf: Any) -> Any:
@@ -129,7 +136,7 @@ def _cells(meeting: Meeting) -> Sequence[str]:
     activations = "" if meeting.activations is None else f"{list(meeting.activations)} {meeting.activation_format}"
     weight = str(list(meeting.weight))
     return (
-        meeting.path,
+        meeting.path or "-",
         meeting.operation,
         activations,
         weight,
