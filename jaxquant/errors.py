@@ -23,3 +23,19 @@ class NotQuantizableError(TypeError):
 
 class ClosureError(TypeError):
     """A `QTensor` used as if it were an array, outside the arguments of `quantized(fn)`."""
+
+
+class StatsError(ValueError):
+    """Statistics that a quantizer needs and does not have, or that do not fit the parameter."""
+
+
+class CalibrationError(ValueError):
+    """Calibration that saw no batch, or a batch it cannot use."""
+
+
+class OptionError(ValueError):
+    """An option of a quantizer outside of what it can mean."""
+
+
+class UnseenError(TypeError):
+    """A parameter whose matmuls cannot be observed where they are."""

@@ -1,6 +1,6 @@
 """`QTensor`: an array written in codes, and the way back to floats.
 
-    decode   w ~= (codes - zero) * scale, or levels[codes] * scale
+    decode   w ~= (codes - zero) * scale, or levels[codes] * scale, and then what the `transform` of its input asks for
 
 Every axis of `scale` and `zero` divides the same axis of `codes`, so shapes are the configuration: for codes of shape
 (in, out) a scale (1, 1) is per tensor, (1, out) per channel and (in / 64, out) in groups of 64.
@@ -15,14 +15,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxquant import inputs
 from jaxquant.errors import ClosureError, ShapeError
 from jaxquant.format import code_name
 from jaxquant.trace.views import expand
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mask", "rows"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Weights of a few inputs, one in each block of them, that stay in float beside the codes: `w += mask * rows`.
+
+    Args:
+      mask: True for the inputs that are kept; full along the inputs, 1 along the outputs.
+      rows: float32, their weights; it divides the inputs into blocks.
+    """
+
+    mask: Any
+    rows: Any
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "zero"],
+    data_fields=["codes", "scale", "zero", "transform", "kept", "input_scale"],
     meta_fields=["dtype", "bits", "levels"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -36,6 +51,10 @@ class QTensor:
       dtype: static; the float dtype the array had, and has again when decoded.
       bits: static; the width of a code (3-bit codes live in a 4-bit container).
       levels: static; the codebook, or None.
+      transform: what is done to the input first (`inputs.Rescale`, `inputs.Rotation`), in this order.
+      kept: a few inputs whose weights stay in float, after the transform; or None.
+      input_scale: the scale its inputs are quantized with, after the transform, 1 along inputs and outputs; or None
+        for a scale per token, found when the token comes.
     """
 
     # Any, because a tree may also hold shapes, shardings or gradients in the place of arrays: nothing is checked here.
@@ -45,6 +64,9 @@ class QTensor:
     dtype: Any
     bits: int
     levels: tuple[float, ...] | None = None
+    transform: tuple[inputs.Transform, ...] = ()
+    kept: Kept | None = None
+    input_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +98,20 @@ class QTensor:
         """Its format in words, such as `int4 g64 affine`, read off the shapes."""
         dtype = None if jnp.issubdtype(self.codes.dtype, jnp.integer) else self.codes.dtype
         words = [code_name(self.bits, dtype, self.levels), _granularity(self)]
-        return " ".join(words + (["affine"] if self.zero is not None else []))
+        words += ["affine"] if self.zero is not None else []
+        words += [{inputs.Rescale: "rescaled", inputs.Rotation: "rotated"}[type(step)] for step in self.transform]
+        return " ".join(words + (["outliers"] if self.kept is not None else []))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The lengths along each axis that a slice must not cut through: those of the rotations of its input."""
+        lengths = [transform.blocks(self.ndim) for transform in self.transform]
+        return tuple(map(max, zip(*lengths, (1,) * self.ndim, strict=True)))
+
+    @property
+    def core(self) -> "QTensor":
+        """The codes alone, without what is done to the input first and beside them."""
+        return dataclasses.replace(self, transform=(), kept=None)
 
     def astype(self, dtype) -> "QTensor":
         """The same codes, decoded to another float dtype."""
@@ -131,16 +166,26 @@ def _granularity(q: QTensor) -> str:
 
 
 def decode(q: QTensor) -> Float[Array, "..."]:
-    """The float array a `QTensor` stands for: `(codes - zero) * scale`, or `levels[codes] * scale`."""
-    values = _look_up(q.codes, q.levels) if q.levels is not None else q.codes.astype(jnp.float32)
-    if q.zero is not None:
-        values = values - expand(q.zero, q.shape).astype(jnp.float32)
-    values = values * expand(q.scale, q.shape)
+    """The float array a `QTensor` stands for: `(codes - zero) * scale` or `levels[codes] * scale`, transformed back."""
+    values = inputs.adjoint(q.transform, _with_kept(_decode_core(q), q.kept))
     if q.zero is not None:
         # Rounding the zero point may put the ends of the range half a step beyond what the dtype holds.
         largest = float(jnp.finfo(q.dtype).max)
         values = jnp.clip(values, -largest, largest)
     return values.astype(q.dtype)
+
+
+def _decode_core(q: QTensor) -> Float[Array, "..."]:
+    values = _look_up(q.codes, q.levels) if q.levels is not None else q.codes.astype(jnp.float32)
+    if q.zero is not None:
+        values = values - expand(q.zero, q.shape).astype(jnp.float32)
+    return values * expand(q.scale, q.shape)
+
+
+def _with_kept(values: Float[Array, "..."], kept: Kept | None) -> Float[Array, "..."]:
+    if kept is None:
+        return values
+    return jnp.where(expand(kept.mask, values.shape), expand(kept.rows, values.shape), values)
 
 
 def dequantize(tree: PyTree) -> PyTree:

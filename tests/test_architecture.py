@@ -16,12 +16,16 @@ LAYERS = {
     "errors": 0,
     "format": 1,
     "trace": 1,
-    "qtensor": 2,
-    "encode": 3,
-    "matmul": 4,
-    "params": 4,
-    "transforms": 5,
-    "__init__": 6,
+    "stats": 1,
+    "inputs": 2,
+    "qtensor": 3,
+    "encode": 4,
+    "matmul": 5,
+    "quantizers": 5,
+    "params": 6,
+    "transforms": 7,
+    "evaluate": 8,
+    "__init__": 9,
 }
 CORE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 

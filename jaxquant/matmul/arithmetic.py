@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32
 
 from jaxquant.encode import Axes, quantize
 from jaxquant.format import Format, int8
-from jaxquant.qtensor import QTensor, decode
+from jaxquant.qtensor import Kept, QTensor, decode
 
 INTEGER = "int8 x int8 -> int32"
 WEIGHT_ONLY = "weight-only"
@@ -42,13 +42,13 @@ class Formulation:
       arithmetic: what to call it.
       reason: why it is not in integers; empty where it is.
       run: `(x, q) -> out`, or None for a float matmul with the decoded weight.
-      say: for that float matmul, what becomes of the activations first; None to leave them as they are.
+      say: `(x, q) -> x`, what becomes of the activations before that float matmul; None to leave them as they are.
     """
 
     arithmetic: str
     reason: str = ""
     run: Callable[[Array, QTensor], Array] | None = None
-    say: Callable[[Array], Array] | None = None
+    say: Callable[[Array, QTensor], Array] | None = None
 
 
 def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int) -> Formulation:
@@ -64,7 +64,7 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
     groups, inputs = q.scale.shape[1], q.shape[1]
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers")
-    if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1):
+    if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_scale is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
         digits_pay = rows <= _FEW_DIGITS and groups == 1
@@ -81,7 +81,7 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
 def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M N"]:
     """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums."""
     rest, largest = split_outliers(x, outliers)
-    tokens = quantize_tokens(rest, activations)
+    tokens = quantize_tokens(rest, activations, scale=q.input_scale)
     if tokens.zero is None:
         out = tokens.scale * _codes_dot(tokens.codes, q)
     else:
@@ -127,22 +127,40 @@ class Tokens(NamedTuple):
     zero: Float[Array, "*ones"] | None
 
 
-def quantize_tokens(x: Float[Array, "..."], activations: Format, axis: Axes = -1) -> Tokens:
-    """Quantizes activations along `axis`; NaN is the scale of a token that has a NaN or an infinity."""
-    q = quantize(x, activations, axis=axis)
+def quantize_tokens(
+    x: Float[Array, "..."], activations: Format, axis: Axes = -1, scale: Float[Array, "..."] | None = None
+) -> Tokens:
+    """Quantizes activations along `axis`; NaN is the scale of a token that has a NaN or an infinity.
+
+    A `scale` found beforehand, which broadcasts against `x`, makes them saturate and leaves out the zero point.
+    """
     # An explicit test, because a maximum may swallow a NaN on CPU.
     finite = jnp.all(jnp.isfinite(x), axis=axis, keepdims=True)
+    if scale is not None:
+        codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -activations.qmax, activations.qmax)
+        return Tokens(codes.astype(jnp.int8), jnp.where(finite, scale, jnp.nan), None)
+    q = quantize(x, activations, axis=axis)
     zero = None if q.zero is None else q.zero.astype(jnp.float32)
     return Tokens(q.codes.astype(jnp.int8), jnp.where(finite, q.scale, jnp.nan), zero)
 
 
-def say(x: Float[Array, "B M K"], activations: Format, outliers: int) -> Float[Array, "B M K"]:
+def say(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M K"]:
     """What the codes of activations say: the numbers that `integer` multiplies, as floats."""
     rest, largest = split_outliers(x, min(outliers, x.shape[-1]))
-    tokens = quantize_tokens(rest, activations)
+    tokens = quantize_tokens(rest, activations, scale=q.input_scale)
     centred = tokens.codes.astype(jnp.float32)
     said = tokens.scale * (centred if tokens.zero is None else centred - tokens.zero)
     return functools.reduce(lambda y, one: jnp.where(_is_at(one[0], y.shape[-1]), y + one[1], y), largest, said)
+
+
+def split_kept(x: Float[Array, "B M K"], kept: Kept | None) -> tuple[Array, Float[Array, "B M N"] | None]:
+    """The activations without the inputs whose weights are kept in float, and the product of those."""
+    if kept is None:
+        return x, None
+    mask, blocks = jnp.swapaxes(kept.mask, 1, 2), kept.rows.shape[1]
+    taken = jnp.where(mask, x, 0.0).reshape(*x.shape[:2], blocks, x.shape[2] // blocks).sum(-1)
+    rows = jnp.broadcast_to(kept.rows, (x.shape[0], *kept.rows.shape[1:]))
+    return jnp.where(mask, 0.0, x), _batched_dot(taken[:, None], rows[:, None], jnp.float32)[:, 0]
 
 
 def split_outliers(x: Float[Array, "B M K"], count: int) -> tuple[Array, list[tuple[Array, Array]]]:

@@ -31,6 +31,8 @@ class Conv:
         outputs = self._numbers().rhs_spec[0]
         if not q.is_integer:
             return WEIGHT_ONLY, "its codes are not integers"
+        if q.transform or q.kept is not None:
+            return FLOAT, "its input would have to be transformed"
         if any(n != 1 for axis, n in enumerate(q.scale.shape) if axis != outputs):
             return FLOAT, "its scales vary along the kernel's inputs"
         if q.size // max(q.shape[outputs], 1) > LONGEST:
@@ -45,7 +47,7 @@ class Conv:
             return self.reference(x, q)
         numbers = self._numbers()
         example = tuple(axis for axis in range(x.ndim) if axis != numbers.lhs_spec[0])
-        image = quantize_tokens(x, self.activations, axis=example)
+        image = quantize_tokens(x, self.activations, axis=example, scale=q.input_scale)
         sums = self._sums(image.codes, q).astype(jnp.float32)
         if image.zero is not None:
             # The sums of the kernel under the image, which are smaller at the borders: padding is zero, not `zero`.

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jaxquant import inputs
 from jaxquant.encode import quantize
 from jaxquant.errors import FormatError
 from jaxquant.format import Format, int8
-from jaxquant.matmul.arithmetic import FLOAT, Formulation, choose
+from jaxquant.matmul.arithmetic import FLOAT, Formulation, choose, split_kept
 from jaxquant.matmul.derivative import apply
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
@@ -56,15 +57,17 @@ class Dot:
         if weight is None:
             return self.reference(x, q)
         formulation = self._choose(x.shape, weight)
-        if formulation.run is not None:
-            out = formulation.run(self._tokens(x), weight)
-            return self._assembled(out, x.shape, q.shape).astype(self.dtype)
-        if formulation.say is None:
+        if formulation.run is None and formulation.say is None:
             return self.reference(x, q)
-        # In float32 whatever the dtype, so that the codes of the activations are exact here too.
-        said = self._untokened(formulation.say(self._tokens(x)), x.shape)
-        exact = dataclasses.replace(self, dtype=jnp.dtype(jnp.float32))
-        return exact.reference(said, q.astype(jnp.float32)).astype(self.dtype)
+        tokens, beside = split_kept(inputs.apply(weight.transform, self._tokens(x)), weight.kept)
+        if formulation.run is not None:
+            out = self._assembled(formulation.run(tokens, weight.core), x.shape, q.shape)
+        else:
+            # In float32 whatever the dtype, so that the codes of the activations are exact here too.
+            said = self._untokened(formulation.say(tokens, weight), x.shape)
+            exact = dataclasses.replace(self, dtype=jnp.dtype(jnp.float32))
+            out = exact.reference(said, q.core.astype(jnp.float32))
+        return (out if beside is None else out + self._assembled(beside, x.shape, q.shape)).astype(self.dtype)
 
     def reference(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """The product with the decoded weight, which is decoded in the order it lies in memory."""
@@ -101,7 +104,7 @@ class Dot:
         sizes = [_sizes(q.shape, axes) for axes in (batch, contracted, _rest(q.ndim, contracted, batch))]
         moved = views.transpose(q, order)
         matrices = views.reshape(moved, moved.shape, tuple(sizes))
-        return None if matrices is None else _spread(matrices)
+        return None if matrices is None or not _takes_inputs(matrices) else _spread(matrices)
 
     def _assembled(self, out: Float[Array, "B M N"], x_shape, w_shape) -> Array:
         """The result in the axes of `dot_general`: batch, those of the left operand, those of the right one."""
@@ -123,6 +126,12 @@ def _rest(rank: int, *taken: Sequence[int]) -> tuple[int, ...]:
 
 def _sizes(shape: Sequence[int], axes: Sequence[int]) -> int:
     return math.prod(shape[a] for a in axes)
+
+
+def _takes_inputs(q: QTensor) -> bool:
+    """Whether what is done to the inputs of `[B, K, N]` is done along K, and not along what are outputs here."""
+    parts = jax.tree.leaves(q.transform) + ([] if q.kept is None else [q.kept.mask])
+    return all(part.shape[2] == 1 for part in parts) and q.blocks[0] == 1
 
 
 def _spread(q: QTensor) -> QTensor:

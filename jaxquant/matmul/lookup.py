@@ -42,4 +42,5 @@ def pick(q: QTensor, indices: Int[Array, "... 1"], axis: int, params: Mapping[st
     outside = (indices != safe)[..., 0]
     offsets = params["dimension_numbers"].offset_dims
     mask = jnp.expand_dims(outside, tuple(offsets))
-    return jax.tree.map(lambda a: jnp.where(mask, jnp.nan, a) if a is picked.scale else a, picked)
+    absent = [picked.scale] + ([] if picked.kept is None else [picked.kept.rows])
+    return jax.tree.map(lambda a: jnp.where(mask, jnp.nan, a) if any(a is b for b in absent) else a, picked)

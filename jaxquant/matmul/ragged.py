@@ -29,6 +29,8 @@ class Ragged:
             return WEIGHT_ONLY, "its codes are not integers"
         if q.scale.shape[1] != 1 or q.scale.shape[2] not in (1, q.shape[2]) or q.scale.shape[0] not in (1, q.shape[0]):
             return FLOAT, "its scales have groups"
+        if q.transform or q.kept is not None:
+            return FLOAT, "its inputs would have to be transformed"
         if q.shape[1] > LONGEST:
             return FLOAT, "its sums could overflow an int32"
         return (INTEGER, "") if self.activations is not None else (WEIGHT_ONLY, "activations=None")
@@ -37,11 +39,12 @@ class Ragged:
         """The product in the best arithmetic for the experts' format."""
         if self.activations is None or self.arithmetic(q)[0] != INTEGER:
             return self.reference(x, q, sizes)
-        tokens = quantize_tokens(x, self.activations)
-        weights = q.codes.astype(jnp.int8)
-        sums = jax.lax.ragged_dot(tokens.codes, weights, sizes, preferred_element_type=jnp.int32)
         ends = jnp.cumsum(sizes)
         expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=sizes.dtype), side="right")
+        fixed = None if q.input_scale is None else _of_expert(q.input_scale, expert)
+        tokens = quantize_tokens(x, self.activations, scale=fixed)
+        weights = q.codes.astype(jnp.int8)
+        sums = jax.lax.ragged_dot(tokens.codes, weights, sizes, preferred_element_type=jnp.int32)
         columns = jnp.sum(weights, axis=1, dtype=jnp.int32, keepdims=True)
         if q.zero is not None:
             zero = q.zero.astype(jnp.int32)

@@ -120,11 +120,11 @@ def _gather(inputs: Sequence, params: Mapping[str, Any], hear: Hear):
     if not isinstance(param, Param) or isinstance(indices, Param) or not is_qtensor(param.value):
         return None
     axis = picked_axis(param.value.shape, params)
-    if axis is None:
+    if axis is None or param.value.blocks[axis] > 1:
         return None
     picked = pick(param.value, indices, axis, params)
     if len(params["dimension_numbers"].offset_dims) > 1:
-        return param.view(picked)
+        return param.view(picked, None)
     hear(lambda: _meeting(param, "gather", indices, None, "look-up", "the rows it picks are decoded"))
     return decode(picked)
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn
 
 from jaxquant.trace import views
-from jaxquant.trace.control import Param
+from jaxquant.trace.param import Param
+from jaxquant.trace.provenance import Origin
 
 
 def result_of(eqn: JaxprEqn) -> jax.ShapeDtypeStruct:
@@ -21,9 +23,9 @@ def result_of(eqn: JaxprEqn) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _if_taken(param: Param, bundle) -> Param | None:
+def _if_taken(param: Param, bundle, origin: Origin | None) -> Param | None:
     """The parameter through a view that may not exist."""
-    return None if bundle is None else param.view(bundle)
+    return None if bundle is None else param.view(bundle, origin)
 
 
 def _ints(values: Sequence) -> tuple[int, ...]:
@@ -33,7 +35,7 @@ def _ints(values: Sequence) -> tuple[int, ...]:
 
 def _convert(eqn: JaxprEqn, param: Param) -> Param | None:
     dtype = eqn.params["new_dtype"]
-    return param.view(param.value.astype(dtype)) if jnp.issubdtype(dtype, jnp.floating) else None
+    return param.view(param.value.astype(dtype), param.origin) if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 def _transpose(eqn: JaxprEqn, param: Param) -> Param:
@@ -44,28 +46,47 @@ def _reshape(eqn: JaxprEqn, param: Param) -> Param | None:
     """`reshape`, `squeeze` and `expand_dims` alike: the result's shape says it all."""
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return None
-    return _if_taken(param, views.reshape(param.value, param.value.shape, result_of(eqn).shape))
+    new = result_of(eqn).shape
+    return _if_taken(
+        param, views.reshape(param.value, param.value.shape, new), param.origin and param.origin.reshape(new)
+    )
 
 
 def _broadcast(eqn: JaxprEqn, param: Param) -> Param:
     new, dimensions = _ints(eqn.params["shape"]), _ints(eqn.params["broadcast_dimensions"])
-    return param.view(views.broadcast(param.value, param.value.shape, new, dimensions))
+    origin = param.origin and param.origin.broadcast(new, dimensions)
+    return param.view(views.broadcast(param.value, param.value.shape, new, dimensions), origin)
 
 
 def _slice(eqn: JaxprEqn, param: Param) -> Param | None:
     shape, start, limit = param.value.shape, _ints(eqn.params["start_indices"]), _ints(eqn.params["limit_indices"])
     strides = _ints(eqn.params["strides"] or (1,) * len(shape))
-    return _if_taken(param, views.cut(param.value, shape, start, limit, strides))
+    return _cut(param, start, limit, strides)
+
+
+def _cut(param: Param, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]) -> Param | None:
+    sizes = [-((a - b) // step) for a, b, step in zip(start, limit, strides, strict=True)]
+    bundle = views.cut(param.value, param.value.shape, tuple(start), tuple(limit), tuple(strides))
+    return _if_taken(param, bundle, param.origin and param.origin.cut(start, sizes))
 
 
 def _dynamic_slice(eqn: JaxprEqn, param: Param, *starts) -> Param | None:
-    return _if_taken(param, views.dynamic_cut(param.value, param.value.shape, starts, _ints(eqn.params["slice_sizes"])))
+    shape, sizes = param.value.shape, _ints(eqn.params["slice_sizes"])
+    known = [int(start) if isinstance(start, int | np.integer) else None for start in starts]
+    bundle, origin = (
+        views.dynamic_cut(param.value, shape, starts, sizes),
+        param.origin and param.origin.cut(known, sizes),
+    )
+    if bundle is None or origin is None or origin.indexed == param.origin.indexed:
+        return _if_taken(param, bundle, origin)
+    (axis,) = [a for a, size in enumerate(sizes) if size == 1 != shape[a] and known[a] is None]
+    return param.view(bundle, origin, jnp.clip(starts[axis], 0, shape[axis] - 1))
 
 
 def _constraint(eqn: JaxprEqn, param: Param) -> Param:
     sharding = eqn.params["sharding"]
     pin = lambda part: jax.lax.with_sharding_constraint(part, sharding)  # noqa: E731
-    return param.view(views.constrain(param.value, param.value.shape, pin))
+    return param.view(views.constrain(param.value, param.value.shape, pin), param.origin)
 
 
 def _copy(eqn: JaxprEqn, param: Param) -> Param:
@@ -83,7 +104,7 @@ def _split(eqn: JaxprEqn, param: Param) -> list | None:
 def _part(param: Param, shape, axis: int, begin: int, end: int) -> Param | None:
     start, limit = [0] * len(shape), list(shape)
     start[axis], limit[axis] = begin, end
-    return _if_taken(param, views.cut(param.value, shape, tuple(start), tuple(limit), (1,) * len(shape)))
+    return _cut(param, start, limit, (1,) * len(shape))
 
 
 def _barrier(eqn: JaxprEqn, *operands) -> list:

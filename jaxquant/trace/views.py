@@ -3,7 +3,8 @@
 A *bundle* is a pytree of arrays of one rank that stand together for one array of shape `shape`: every axis of every
 part divides the same axis of `shape`. Codes are full; a scale is 1 along the axes it is shared over, or counts its
 groups. A view moves all parts of a bundle at once, so nothing is decoded; where a part cannot follow (a slice that
-cuts through a group, a reshape that would mix groups), the view is None and the caller decodes.
+cuts through a group, a reshape that would mix groups), the view is None and the caller decodes. A bundle may name
+`blocks`, the length along each axis of what a slice has to leave whole.
 
     shape  (576, 9, 64)      transpose (1, 0, 2)      (9, 576, 64)
     codes  (576, 9, 64)  ---------------------------> (9, 576, 64)
@@ -42,7 +43,9 @@ def transpose(bundle: Bundle, permutation: Sequence[int]) -> Bundle:
 
 def reshape(bundle: Bundle, shape: Shape, new: Shape) -> Bundle | None:
     """Reshapes every part; None where a part's groups would not stay groups of consecutive elements."""
-    blocks = _blocks(shape, new)
+    blocks = pair_axes(shape, new)
+    if not all(_stay_together(axes, _blocks_of(bundle, shape), shape) for axes, _ in blocks):
+        return None
     parts, treedef = jax.tree.flatten(bundle)
     shapes = [_reshaped(part.shape, shape, blocks) for part in parts]
     if any(s is None for s in shapes):
@@ -64,6 +67,9 @@ def broadcast(bundle: Bundle, shape: Shape, new: Shape, dimensions: Sequence[int
 
 def cut(bundle: Bundle, shape: Shape, start: Shape, limit: Shape, strides: Shape) -> Bundle | None:
     """Slices every part; None where a cut goes through a group."""
+    edges = zip(_blocks_of(bundle, shape), start, limit, strides, strict=True)
+    if any(block > 1 and (step != 1 or a % block or b % block) for block, a, b, step in edges):
+        return None
 
     def bounds(size, axis):
         n, a, b, step = shape[axis], start[axis], limit[axis], strides[axis]
@@ -83,6 +89,8 @@ def cut(bundle: Bundle, shape: Shape, start: Shape, limit: Shape, strides: Shape
 
 def dynamic_cut(bundle: Bundle, shape: Shape, starts: Sequence, sizes: Shape) -> Bundle | None:
     """Slices every part at traced positions, clamped to the array as `jax.lax.dynamic_slice` does."""
+    if any(block > 1 and width != n for block, n, width in zip(_blocks_of(bundle, shape), shape, sizes, strict=True)):
+        return None
 
     def bounds(size, axis):
         n, width = shape[axis], sizes[axis]
@@ -115,6 +123,10 @@ def _fill(part, n: int):
     return part if part.shape[0] == n else jnp.repeat(part, n // part.shape[0], axis=0, total_repeat_length=n)
 
 
+def _blocks_of(bundle: Bundle, shape: Shape) -> Shape:
+    return getattr(bundle, "blocks", (1,) * len(shape))
+
+
 def _each_axis(bundle, bounds, apply):
     """Applies a slice whose bounds are found axis by axis; None where one axis of one part has none."""
     parts, treedef = jax.tree.flatten(bundle)
@@ -124,7 +136,14 @@ def _each_axis(bundle, bounds, apply):
     return treedef.unflatten([apply(part, b) if b else part for part, b in zip(parts, found, strict=True)])
 
 
-def _blocks(old: Shape, new: Shape) -> list[tuple[range, Shape]] | None:
+def _stay_together(axes: range, lengths: Shape, shape: Shape) -> bool:
+    """Whether merging axes leaves the elements of a block next to each other: nothing but blocks after a block."""
+    merged = [axis for axis in axes if shape[axis] != 1]
+    first = next((i for i, axis in enumerate(merged) if lengths[axis] > 1), len(merged))
+    return all(lengths[axis] == shape[axis] for axis in merged[first + 1 :])
+
+
+def pair_axes(old: Shape, new: Shape) -> list[tuple[range, Shape]]:
     """Pairs runs of old axes with runs of new sizes of equal product, each as short as it can be."""
     if 0 in old:
         return [(range(len(old)), new)]

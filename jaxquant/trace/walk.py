@@ -18,8 +18,10 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
-from jaxquant.trace.control import CONTROL, Param, Walker
+from jaxquant.trace.control import CONTROL, Walker
 from jaxquant.trace.movement import moved, result_of
+from jaxquant.trace.param import Param
+from jaxquant.trace.records import Records, merged
 
 Rule = Callable[[Sequence, Mapping[str, Any], Any], Any]
 
@@ -32,14 +34,25 @@ class Rules:
       is_param: tells a parameter (a pytree that stands for one array) among the leaves of the arguments.
       decode: `(param, operation name) -> array`: the float array an operation without a rule gets.
       operations: by primitive name, `(inputs, equation parameters, result) -> array`, with `Param`s among the inputs
-        and `result` the shape and dtype that must come out; None to decline, and the inputs are decoded.
+        and `result` the shape and dtype that must come out; None to decline, and the inputs are decoded. A `Recorded`
+        is an array and what is to be remembered of how it came about.
       untouched: hears the primitive's name and the inputs' shapes of every equation that meets no parameter.
+      recording: whether operations answer with `Recorded`; such a walk is not differentiated.
     """
 
     is_param: Callable[[Any], bool]
     decode: Callable[[Param, str], jax.Array]
     operations: Mapping[str, Rule]
     untouched: Callable[[str, Sequence[Any]], None] | None = None
+    recording: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """An operation's result and its records, which leave the walk by way of `record`."""
+
+    out: Any
+    records: Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +79,7 @@ def stage(fn: Callable, rules: Rules, args: tuple, kwargs: Mapping) -> Staged:
     """Traces `fn` with an array in the place of each parameter; what is no array is static, as in Equinox."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path((args, dict(kwargs)), is_leaf=rules.is_param)
     places = [i for i, (_, leaf) in enumerate(leaves) if rules.is_param(leaf) or _is_dynamic(leaf)]
-    inputs = [Param(leaf, argument_name(path)) if rules.is_param(leaf) else leaf for path, leaf in leaves]
+    inputs = [Param.whole(leaf, argument_name(path)) if rules.is_param(leaf) else leaf for path, leaf in leaves]
     outcome = {}
 
     def flat(*arrays):
@@ -115,46 +128,56 @@ def path_name(path: Sequence) -> str:
 
 def walk(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules) -> list:
     """Evaluates a jaxpr; a `Param` among the outputs is one that came back unchanged."""
+    return record(jaxpr, inputs, rules)[0]
+
+
+def record(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules) -> tuple[list, Records]:
+    """Evaluates a jaxpr, and hands out what its operations recorded, merged by key, with the results."""
     walker = Walker(
         evaluate=lambda inner, args: _evaluate(inner, args, rules, walker),
         decode=lambda value, why: rules.decode(value, why) if isinstance(value, Param) else value,
         bind=_bind_one,
+        recording=rules.recording,
     )
     given = {id(x) for x in inputs if isinstance(x, Param)}
-    outs = walker.evaluate(jaxpr, inputs)
-    return [out if id(out) in given else walker.decode(out, "return") for out in outs]
+    outs, records = walker.evaluate(jaxpr, inputs)
+    return [out if id(out) in given else walker.decode(out, "return") for out in outs], records
 
 
-def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker) -> list:
+def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker) -> tuple[list, Records]:
     consts = [jax.numpy.asarray(c) if isinstance(c, np.ndarray) else c for c in jaxpr.consts]
     env = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*consts, *inputs], strict=True))
 
     untouched: list[JaxprEqn] = []
+    records: Records = {}
     for eqn in jaxpr.jaxpr.eqns:
         if any(isinstance(env.get(atom), Param) for atom in eqn.invars if not isinstance(atom, Literal)):
             env.update(_bind(untouched, env))
             untouched = []
-            values = [_read(env, atom) for atom in eqn.invars]
-            env.update(zip(eqn.outvars, _meet(eqn, values, rules, walker), strict=True))
+            outs, more = _meet(eqn, [_read(env, atom) for atom in eqn.invars], rules, walker)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            records = merged(records, more)
         else:
             untouched.append(eqn)
             _hear(eqn, rules)
     env.update(_bind(untouched, env))
-    return [_read(env, atom) for atom in jaxpr.jaxpr.outvars]
+    return [_read(env, atom) for atom in jaxpr.jaxpr.outvars], records
 
 
-def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> list:
+def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> tuple[list, Records]:
     """An equation with a parameter among its inputs."""
+    records: Records = {}
     name, scope = eqn.primitive.name, str(eqn.source_info.name_stack)
     with jax.named_scope(scope) if scope else contextlib.nullcontext():
         if name in CONTROL:
-            outs = CONTROL[name](eqn, inputs, walker)
+            outs, records = CONTROL[name](eqn, inputs, walker) or (None, {})
         elif name in rules.operations:
-            outs = rules.operations[name](inputs, eqn.params, result_of(eqn))
-            outs = outs if outs is None else [outs]
+            answer = rules.operations[name](inputs, eqn.params, result_of(eqn))
+            answer, records = (answer.out, answer.records) if isinstance(answer, Recorded) else (answer, {})
+            outs = None if answer is None else [answer]
         else:
             outs = moved(eqn, inputs)
-    return _bind_one(eqn, [walker.decode(x, name) for x in inputs]) if outs is None else outs
+    return (_bind_one(eqn, [walker.decode(x, name) for x in inputs]) if outs is None else outs), records
 
 
 def _hear(eqn: JaxprEqn, rules: Rules) -> None:

@@ -1,0 +1,36 @@
+"""Records: what rules remember of the parameters they met, and how it is put together.
+
+A record is a monoid in the shape of a pytree, so that it can be carried, stacked and switched like any result.
+"""
+
+from collections.abc import Hashable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+
+@runtime_checkable
+class Record(Protocol):
+    """What a rule records of a meeting: a pytree whose unit is all zeros."""
+
+    def merge(self, other: Any) -> Any:
+        """One record of what two of them saw."""
+        ...
+
+    def leave(self, loop: int) -> Any:
+        """The record outside a loop from its stacked records inside: as they are, or merged over the turns."""
+        ...
+
+
+Records = dict[Hashable, Record]
+
+
+def merged(records: Records, more: Records) -> Records:
+    """The union, with records of one key merged."""
+    return records | {key: records[key].merge(new) if key in records else new for key, new in more.items()}
+
+
+def nothing(records: Records) -> Records:
+    """The units of records of given shapes."""
+    return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), records)
