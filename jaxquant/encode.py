@@ -7,6 +7,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.errors import NonFiniteError, NotQuantizableError, ShapeError
 from jaxquant.format import Format, int8
-from jaxquant.qtensor import QTensor, decode
+from jaxquant.qtensor import QTensor, decode, look_up
 from jaxquant.trace.views import expand
 
 Axes = int | Sequence[int]
@@ -116,14 +117,24 @@ def group_sizes(n: int) -> list[int]:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> QTensor:
-    scale, zero = _fit(w, clip, format, axes)
-    codes = _encode(w, scale, zero, format).astype(format.container)
-    zero = None if format.symmetric else zero.astype(format.container)
-    return QTensor(codes, scale, zero, w.dtype, format.bits, format.levels)
+    return write(w, *fit(w, format, axes, clip), format)
 
 
-def _fit(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """The scale and zero point of each group's range, in float32."""
+def write(w: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], format: Format) -> QTensor:
+    """The codes nearest to an array, for scales and zero points that divide its axes, found by whatever means."""
+    return assemble(encode(w, scale, zero, format), scale, zero, w.dtype, format)
+
+
+def assemble(codes: Array, scale: Array, zero: Array, dtype: Any, format: Format) -> QTensor:
+    """A `QTensor` of codes, scales and zero points given as float32 numbers."""
+    kept = None if format.symmetric else zero.astype(format.container)
+    return QTensor(codes.astype(format.container), scale, kept, dtype, format.bits, format.levels)
+
+
+def fit(
+    w: Float[Array, "..."], format: Format, axes: tuple[int, ...], clip: ArrayLike = 1.0
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The scale and zero point of each group's range, in float32; zero is 0 for a symmetric format."""
     # Extremes are exact in any dtype, and a float32 copy of the whole array here would be kept for the quotient too.
     members, over = _grouped(w, format, axes)
     low, high = (
@@ -159,8 +170,10 @@ def _quotient(w: Array, scale: Array) -> Array:
     return (w.astype(jnp.float32) * shrink) / (scale * shrink)
 
 
-def _encode(w: Array, scale: Array, zero: Array, format: Format) -> Array:
-    """The codes as float32 numbers."""
+def encode(
+    w: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], format: Format
+) -> Float[Array, "..."]:
+    """The codes nearest to an array, as numbers, not in their container yet."""
     scale = expand(scale, w.shape)
     if format.levels is not None:
         # Against scaled middles, because a quotient used fifteen times would be kept in memory.
@@ -173,6 +186,18 @@ def _encode(w: Array, scale: Array, zero: Array, format: Format) -> Array:
     return jnp.clip(jnp.round(ratio) + expand(zero, w.shape), format.qmin, format.qmax)
 
 
+def value(
+    codes: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], format: Format
+) -> Float[Array, "..."]:
+    """What codes given as float32 numbers decode to: `decode` without the containers."""
+    scale, zero = expand(scale, codes.shape), expand(zero, codes.shape)
+    if format.levels is not None:
+        return look_up(codes, format.levels) * scale
+    if format.dtype is not None:
+        return codes.astype(format.dtype).astype(jnp.float32) * scale
+    return (codes - zero) * scale
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _fake_quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> Array:
     return decode(_quantize(w, clip, format, axes))
@@ -181,7 +206,7 @@ def _fake_quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...])
 @_fake_quantize.defjvp
 def _straight_through(format: Format, axes: tuple[int, ...], primals, tangents):
     (w, clip), (dw, _) = primals, tangents
-    scale, zero = _fit(w, clip, format, axes)
+    scale, zero = fit(w, format, axes, clip)
     code = _quotient(w, expand(scale, w.shape)) + expand(zero, w.shape)
     # Half a step of slack on a grid: what still rounds to the outermost code is inside.
     slack = 0.5 if format.is_integer else 1e-3 * format.qmax

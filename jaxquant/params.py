@@ -7,7 +7,7 @@ Flax (Linen, NNX), Equinox, Haiku and plain JAX code give them; `where` override
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,9 +17,12 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxquant.encode import first_nonfinite, quantize
-from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, ShapeError
+from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, OptionError, ShapeError, StatsError
 from jaxquant.format import Format, int8
+from jaxquant.matrices import Matrices, write
 from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.quantizers import Quantizer, rtn
+from jaxquant.stats import Stats
 from jaxquant.trace import path_name
 
 # Names that hold no matmul's weight, whatever their rank: biases, norms (stacked ones have rank 2), statistics, tables
@@ -41,8 +44,9 @@ class Layout:
 
 def quantize_params(
     params: PyTree,
-    quantizer: Format = int8,
+    quantizer: Format | Quantizer = int8,
     *,
+    stats: Mapping[str, Stats] | None = None,
     where: Callable[[str, Array], bool] | None = None,
     donate: bool = False,
 ) -> PyTree:
@@ -59,7 +63,9 @@ def quantize_params(
 
     Args:
       params: Linen variables, an `nnx.State`, an Equinox module, Haiku parameters, or any tree.
-      quantizer: the format.
+      quantizer: how each matrix `[in, out]` is written in codes; a format is nearest rounding, `rtn(format)`. Stacked
+        matrices are written one by one, and kernels of rank 3 and 4 as the matrices they are.
+      stats: what `calibrate` gave; it also tells which axes of an array are its inputs, so that no name has to.
       where: `(path, array) -> bool`, asked for every floating array (of any rank) instead of the rule above; paths
         look like `params/Dense_0/kernel`.
       donate: release each array as soon as it is quantized, so that the peak is the larger of the two trees and a leaf.
@@ -71,6 +77,7 @@ def quantize_params(
       NoMatchError: no array was chosen.
       NonFiniteError, ShapeError: as `quantize`, naming the path.
       NotQuantizableError: a chosen leaf is a `QTensor` already.
+      StatsError: the quantizer needs statistics that a chosen leaf does not have, or they do not fit it.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     named = [(path_name(path), leaf) for path, leaf in leaves]
@@ -78,7 +85,7 @@ def quantize_params(
     paths = {path for path, _ in named}
     kept = {id(leaf) for (_, leaf), pick in zip(named, chosen, strict=True) if not pick}
     picked = [named_leaf for named_leaf, pick in zip(named, chosen, strict=True) if pick]
-    encoders = {path: _encoder(path, leaf, quantizer, paths) for path, leaf in picked}
+    encoders = {path: _encoder(path, leaf, quantizer, paths, (stats or {}).get(path)) for path, leaf in picked}
     done: dict[int, QTensor] = {}
     for path, leaf in picked:
         if id(leaf) not in done:
@@ -90,7 +97,7 @@ def quantize_params(
 
 def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | None) -> list[bool]:
     """Which leaves to quantize."""
-    rule = where or _is_matrix
+    rule = where or is_matrix
     candidates = [is_qtensor(leaf) or _is_floating(leaf) for _, leaf in named]
     chosen = [fits and bool(rule(*pair)) for fits, pair in zip(candidates, named, strict=True)]
     if not any(chosen):
@@ -106,7 +113,8 @@ def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _is_matrix(path: str, leaf: Any) -> bool:
+def is_matrix(path: str, leaf: Any) -> bool:
+    """Whether an array holds a matrix that a matmul reads, by its rank and its name."""
     return leaf.ndim >= 2 and not _NO_MATRIX.search(path)
 
 
@@ -134,18 +142,40 @@ def layout(path: str, rank: int, paths: Collection[str] = ()) -> Layout:
     return Layout(rank, tuple(range(-rank, -1))) if convolution else Layout(2, (-2,))
 
 
-def _encoder(path: str, leaf: Any, format: Format, paths: Collection[str]) -> Callable[[Array], QTensor]:
+def _encoder(
+    path: str, leaf: Any, quantizer: Format | Quantizer, paths: Collection[str], stats: Stats | None
+) -> Callable[[Array], QTensor]:
     """How one leaf is written in codes; what is wrong with it is said before any leaf is converted or released."""
     if is_qtensor(leaf):
         raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
-    encode = functools.partial(_encode, format=format, where=layout(path, leaf.ndim, paths))
+    if isinstance(quantizer, Format) and stats is None:
+        encode = functools.partial(_encode, format=quantizer, where=layout(path, leaf.ndim, paths))
+    else:
+        quantizer = rtn(quantizer) if isinstance(quantizer, Format) else quantizer
+        axes = _guessed(leaf, layout(path, leaf.ndim, paths)) if stats is None else _told(path, leaf, stats)
+        encode = functools.partial(write, stats=stats, quantizer=quantizer, axes=axes)
     try:
         jax.eval_shape(encode, leaf)
-    except ShapeError as error:
-        raise ShapeError(f"{path}: {error}") from None
+    except (ShapeError, StatsError, OptionError) as error:
+        raise type(error)(f"{path}: {error}") from None
     if not isinstance(leaf, Tracer) and not _is_finite(leaf):
         raise NonFiniteError(first_nonfinite(jnp.asarray(leaf), path))
     return encode
+
+
+def _guessed(leaf: Any, where: Layout) -> Matrices:
+    """The axes that names tell."""
+    stack = range(leaf.ndim - where.rank)
+    return Matrices.of(leaf.ndim, stack, sorted(a % leaf.ndim for a in where.contracted) if leaf.ndim else ())
+
+
+def _told(path: str, leaf: Any, stats: Stats) -> Matrices:
+    """The axes that statistics tell."""
+    axes = Matrices.of(leaf.ndim, stats.stack, stats.inputs)
+    sizes = axes.sizes(leaf.shape)
+    if stats.absmax.shape != (*(leaf.shape[a] for a in stats.stack), sizes[-2]):
+        raise StatsError(f"{path} has the shape {leaf.shape}, and its statistics {stats.absmax.shape}: calibrate anew.")
+    return axes
 
 
 _is_finite = jax.jit(lambda array: jnp.all(jnp.isfinite(array)))

@@ -176,7 +176,7 @@ def decode(q: QTensor) -> Float[Array, "..."]:
 
 
 def _decode_core(q: QTensor) -> Float[Array, "..."]:
-    values = _look_up(q.codes, q.levels) if q.levels is not None else q.codes.astype(jnp.float32)
+    values = look_up(q.codes, q.levels) if q.levels is not None else q.codes.astype(jnp.float32)
     if q.zero is not None:
         values = values - expand(q.zero, q.shape).astype(jnp.float32)
     return values * expand(q.scale, q.shape)
@@ -198,7 +198,7 @@ def is_qtensor(leaf: Any) -> bool:
     return isinstance(leaf, QTensor)
 
 
-def _look_up(codes: Array, levels: tuple[float, ...]) -> Float[Array, "..."]:
+def look_up(codes: Array, levels: tuple[float, ...]) -> Float[Array, "..."]:
     """`levels[codes]` as a tree of selects: no gather, which is slow on every backend."""
     index = codes.astype(jnp.int32) + len(levels) // 2
 

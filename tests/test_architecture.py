@@ -22,10 +22,11 @@ LAYERS = {
     "encode": 4,
     "matmul": 5,
     "quantizers": 5,
-    "params": 6,
-    "transforms": 7,
-    "evaluate": 8,
-    "__init__": 9,
+    "matrices": 6,
+    "params": 7,
+    "transforms": 8,
+    "evaluate": 9,
+    "__init__": 10,
 }
 CORE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 

@@ -78,6 +78,11 @@ class Dot:
             contracted, batch, operands = _swap(contracted), _swap(batch), _swap(operands)
         return jax.lax.dot_general(operands[0], operands[1], (contracted, batch), self.precision, self.dtype)
 
+    def transformed(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
+        """What the codes meet: the activations after the transform of their inputs."""
+        weight = self._weight(q)
+        return x if weight is None else self._untokened(inputs.apply(weight.transform, self._tokens(x)), x.shape)
+
     def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
         rows = _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
         inputs_last = bool(self.memory) and self.memory[-1] in self.contracted[1]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Int
 
-from jaxquant.qtensor import QTensor
+from jaxquant.trace import Param
+from jaxquant.trace.views import Bundle
 
 
 def picked_axis(shape: tuple[int, ...], params: Mapping[str, Any]) -> int | None:
@@ -23,12 +24,27 @@ def picked_axis(shape: tuple[int, ...], params: Mapping[str, Any]) -> int | None
     return axis if whole and picks and plain_fill and shape[axis] > 0 else None
 
 
-def pick(q: QTensor, indices: Int[Array, "... 1"], axis: int, params: Mapping[str, Any]) -> QTensor:
-    """The slices of `q` at `indices` along `axis`; NaN where `jnp.take` would fill in NaN.
+def pick_matrices(param: Any, indices: Any, params: Mapping[str, Any]) -> Param | None:
+    """The matrices that a `gather` picks of a stack (experts), still a parameter; None where it picks others."""
+    if not isinstance(param, Param) or isinstance(indices, Param):
+        return None
+    rank, offsets = param.value.ndim, tuple(params["dimension_numbers"].offset_dims)
+    axis = picked_axis(param.value.shape, params)
+    if axis is None or len(offsets) < 2 or getattr(param.value, "blocks", (1,) * rank)[axis] > 1:
+        return None
+    batch = indices.shape[:-1]
+    in_place = offsets == (*range(axis), *range(axis + len(batch), rank - 1 + len(batch)))
+    origin = param.origin.index(axis, batch) if param.origin and in_place else None
+    index = jnp.clip(indices[..., 0], 0, param.value.shape[axis] - 1)
+    return param.view(pick(param.value, indices, axis, params), origin, index if origin else None)
 
-    Integer codes cannot hold a NaN, so the scale of a slice out of range does.
+
+def pick(bundle: Bundle, indices: Int[Array, "... 1"], axis: int, params: Mapping[str, Any]) -> Bundle:
+    """The slices of a bundle at `indices` along `axis`; NaN where `jnp.take` would fill in NaN.
+
+    Codes cannot hold a NaN, so the scale of a slice out of range does.
     """
-    n = q.shape[axis]
+    n = bundle.shape[axis]
     safe = jnp.clip(indices, 0, n - 1)
 
     def part(array: Array) -> Array:
@@ -36,11 +52,14 @@ def pick(q: QTensor, indices: Int[Array, "... 1"], axis: int, params: Mapping[st
         index = safe // (n // array.shape[axis])
         return jax.lax.gather(array, index, params["dimension_numbers"], sizes, mode="clip")
 
-    picked = jax.tree.map(part, q)
+    picked = jax.tree.map(part, bundle)
     if params["mode"] != GatherScatterMode.FILL_OR_DROP:
         return picked
     outside = (indices != safe)[..., 0]
-    offsets = params["dimension_numbers"].offset_dims
-    mask = jnp.expand_dims(outside, tuple(offsets))
-    absent = [picked.scale] + ([] if picked.kept is None else [picked.kept.rows])
-    return jax.tree.map(lambda a: jnp.where(mask, jnp.nan, a) if any(a is b for b in absent) else a, picked)
+    mask = jnp.expand_dims(outside, tuple(params["dimension_numbers"].offset_dims))
+
+    def fill(array: Array) -> Array:
+        wide = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize > 1  # narrow floats are codes
+        return jnp.where(mask, jnp.nan, array) if wide else array
+
+    return jax.tree.map(fill, picked)

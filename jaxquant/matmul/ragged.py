@@ -4,6 +4,7 @@ out[m] = x[m] @ w[e(m)],    e(m) the expert whose group the row m lies in
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -59,6 +60,15 @@ class Ragged:
     def reference(self, x: Float[Array, "M K"], q: QTensor, sizes: Int[Array, " E"]) -> Float[Array, "M N"]:
         """The product with the decoded experts."""
         return jax.lax.ragged_dot(x, decode(q), sizes, precision=self.precision, preferred_element_type=self.dtype)
+
+
+def is_plain(params: Mapping[str, Any]) -> bool:
+    """Whether a `ragged_dot_general` is a `ragged_dot`: rows in groups, one matrix `[K, N]` for each group."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    contracted, batch = numbers.dot_dimension_numbers
+    plain = [tuple(map(tuple, contracted)), tuple(map(tuple, batch))] == [((1,), (1,)), ((), ())]
+    plain = plain and tuple(numbers.lhs_ragged_dimensions) == (0,) and tuple(numbers.rhs_group_dimensions) == (0,)
+    return plain and params["group_offset"] is None
 
 
 def _of_expert(part: Array, expert: Int[Array, " M"]) -> Array:

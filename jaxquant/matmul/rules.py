@@ -12,8 +12,8 @@ from jaxquant.matmul.arithmetic import FLOAT, INTEGER
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import check_activations, make_dot
-from jaxquant.matmul.lookup import pick, picked_axis
-from jaxquant.matmul.ragged import Ragged
+from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis
+from jaxquant.matmul.ragged import Ragged, is_plain
 from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.trace import Param, Rules
 
@@ -103,11 +103,7 @@ def _conv(inputs: Sequence, params: Mapping[str, Any], result, activations, hear
 
 def _ragged(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Hear):
     x, param, *sizes = inputs
-    numbers = params["ragged_dot_dimension_numbers"]
-    (contracted, batch) = numbers.dot_dimension_numbers
-    plain = [tuple(map(tuple, contracted)), tuple(map(tuple, batch))] == [((1,), (1,)), ((), ())]
-    plain = plain and tuple(numbers.lhs_ragged_dimensions) == (0,) and tuple(numbers.rhs_group_dimensions) == (0,)
-    if not plain or params["group_offset"] is not None or not _fits(param, x, "ragged_dot", hear):
+    if not is_plain(params) or not _fits(param, x, "ragged_dot", hear):
         return None
     ragged = Ragged(activations, params["precision"], result.dtype)
     hear(lambda: _meeting(param, "ragged_dot", x, activations, *ragged.arithmetic(param.value)))
@@ -119,14 +115,13 @@ def _gather(inputs: Sequence, params: Mapping[str, Any], hear: Hear):
     param, indices = inputs
     if not isinstance(param, Param) or isinstance(indices, Param) or not is_qtensor(param.value):
         return None
+    if (matrices := pick_matrices(param, indices, params)) is not None:
+        return matrices
     axis = picked_axis(param.value.shape, params)
     if axis is None or param.value.blocks[axis] > 1:
         return None
-    picked = pick(param.value, indices, axis, params)
-    if len(params["dimension_numbers"].offset_dims) > 1:
-        return param.view(picked, None)
     hear(lambda: _meeting(param, "gather", indices, None, "look-up", "the rows it picks are decoded"))
-    return decode(picked)
+    return decode(pick(param.value, indices, axis, params))
 
 
 def _fits(param, x, operation: str, hear: Hear) -> bool:

@@ -1,4 +1,4 @@
-"""`Param`: a parameter on its way through a function, whatever arrays it is made of."""
+"""`Param`: a parameter on its way through a function, whatever arrays it is made of; `Plain`, of one array."""
 
 import dataclasses
 import functools
@@ -47,3 +47,30 @@ class Param:
         memory = tuple(place[axis] for axis in (self.memory or range(len(place))))
         origin = self.origin and self.origin.transpose(permutation)
         return Param(views.transpose(self.value, permutation), self.path, memory, origin, self.index)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A float array that is followed as a parameter is: the bundle of one part."""
+
+    array: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        """Its rank."""
+        return len(self.array.shape)
+
+    @property
+    def dtype(self):
+        """Its dtype."""
+        return self.array.dtype
+
+    def astype(self, dtype) -> "Plain":
+        """The array in another dtype."""
+        return Plain(self.array.astype(dtype))

@@ -84,12 +84,12 @@ class Origin:
 
     def loop(self, loop: int) -> "Origin | None":
         """One element of the leading axis, which a loop runs over; None where it is no whole axis."""
-        axis = self._whole(0)
+        axis = self.whole(0)
         return None if axis is None else self._with(self.axes[1:], looped=(*self.looped, (loop, axis)))
 
     def index(self, axis: int, shape: Shape) -> "Origin | None":
         """The axis of the view becomes the axes of an array of indices, known only when running."""
-        whole = self._whole(axis)
+        whole = self.whole(axis)
         if whole is None or self.indexed is not None:
             return None
         new = [_factor(NO_AXIS, 1, n) for n in shape]
@@ -98,7 +98,7 @@ class Origin:
     def _cut_one(self, axis: int, start: int | None, size: int) -> "Origin | None":
         if size == self.view[axis]:
             return self
-        whole = self._whole(axis)
+        whole = self.whole(axis)
         if size != 1 or whole is None:
             kept = (Factor(self.axes[axis][0].axis, 1, size),) if len(self.axes[axis]) == 1 and size > 1 else None
             return None if kept is None else self._replaced(axis, kept)
@@ -106,7 +106,7 @@ class Origin:
             return self._replaced(axis, (), taken=(*self.taken, (whole, start)))
         return None if self.indexed is not None else self._replaced(axis, (), indexed=whole)
 
-    def _whole(self, axis: int) -> int | None:
+    def whole(self, axis: int) -> int | None:
         """The axis of the parameter that an axis of the view is all of."""
         factors = self.axes[axis]
         if len(factors) == 1 and factors[0].axis != NO_AXIS and factors[0].size == self.shape[factors[0].axis]:

@@ -1,7 +1,6 @@
 """`explain`: what `quantized(fn)` does with every parameter, as a table and as records."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,28 +86,6 @@ def explain(
     return Explanation(tuple(meetings), tuple(path for path in quantized if path not in met))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Unquantized:
-    """A float array that is watched like a parameter, to say which matmuls it makes float."""
-
-    array: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The array's shape."""
-        return self.array.shape
-
-    @property
-    def dtype(self):
-        """The array's dtype."""
-        return self.array.dtype
-
-    def astype(self, dtype) -> "Unquantized":
-        """The array in another dtype."""
-        return Unquantized(self.array.astype(dtype))
-
-
 def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Rules:
     """The rules of `quantized`, which also follow arrays left in floating point, and see matmuls without either."""
 
@@ -116,7 +93,7 @@ def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Ru
         return rules.decode(param, why) if is_qtensor(param.value) else param.value.array
 
     def is_param(leaf: Any) -> bool:
-        return is_qtensor(leaf) or isinstance(leaf, Unquantized)
+        return is_qtensor(leaf) or isinstance(leaf, trace.Plain)
 
     def untouched(name: str, inputs: Sequence[Any]) -> None:
         if name in rules.operations and name != "gather":
@@ -129,7 +106,7 @@ def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Ru
 
 def _watch(leaf: Any) -> Any:
     floating = hasattr(leaf, "dtype") and hasattr(leaf, "ndim") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return Unquantized(leaf) if not is_qtensor(leaf) and floating and leaf.ndim >= 2 else leaf
+    return trace.Plain(leaf) if not is_qtensor(leaf) and floating and leaf.ndim >= 2 else leaf
 
 
 def _cells(meeting: Meeting) -> Sequence[str]:

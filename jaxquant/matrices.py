@@ -1,0 +1,76 @@
+"""From parameters of any rank to the matrices `[in, out]` that a quantizer sees, and back.
+
+w[30, 9, 64, 576]  --transpose, reshape-->  [30] x [576, 576]  --vmap(quantizer)-->  QTensors  --reshape, transpose-->
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.encode import group_sizes
+from jaxquant.errors import ShapeError
+from jaxquant.qtensor import QTensor
+from jaxquant.quantizers import Quantizer
+from jaxquant.stats import Stats
+from jaxquant.trace import views
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """Which axes of an array are a stack of matrices, which their inputs, and which their outputs."""
+
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rank: int, stack: Sequence[int], inputs: Sequence[int]) -> "Matrices":
+        """All other axes are outputs."""
+        return cls(tuple(stack), tuple(inputs), tuple(a for a in range(rank) if a not in (*stack, *inputs)))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The permutation that brings an array to (stack, inputs, outputs)."""
+        return (*self.stack, *self.inputs, *self.outputs)
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape `[*stack, in, out]` of an array."""
+        return (
+            *(shape[a] for a in self.stack),
+            math.prod(shape[a] for a in self.inputs),
+            math.prod(shape[a] for a in self.outputs),
+        )
+
+    def take(self, w: Array) -> Float[Array, "*stack in out"]:
+        """The array as matrices."""
+        return jnp.transpose(w, self.order).reshape(self.sizes(w.shape))
+
+    def give(self, q: QTensor, shape: Sequence[int]) -> QTensor:
+        """Matrices as the array they came from.
+
+        Raises:
+          ShapeError: groups of inputs do not divide the last axis of the inputs.
+        """
+        moved = tuple(shape[a] for a in self.order)
+        whole = views.reshape(q, q.shape, moved)
+        if whole is None:
+            last = moved[len(self.stack) + len(self.inputs) - 1]
+            raise ShapeError(
+                f"the groups of {q.description} do not divide the {last} inputs along axis {self.inputs[-1]} of shape "
+                f"{tuple(shape)}; groups that do: {group_sizes(last)}."
+            )
+        return views.transpose(whole, [self.order.index(axis) for axis in range(len(shape))])
+
+
+@functools.partial(jax.jit, static_argnames=("quantizer", "axes"))
+def write(w: Float[Array, "..."], stats: Stats | None, *, quantizer: Quantizer, axes: Matrices) -> QTensor:
+    """An array in codes: a quantizer mapped over the matrices in it and their statistics."""
+    one = lambda matrix, stats: quantizer(matrix, stats)  # noqa: E731
+    for _ in axes.stack:
+        one = jax.vmap(one)
+    return axes.give(one(axes.take(w), stats), w.shape)

@@ -1,0 +1,32 @@
+"""Nearest rounding: every weight to its nearest code, in a range that may be searched."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxquant.encode import write
+from jaxquant.format import Format
+from jaxquant.qtensor import QTensor
+from jaxquant.quantizers.quantizer import Matrix, never_worse
+from jaxquant.quantizers.ranges import Range, absmax
+from jaxquant.stats import Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class rtn:
+    """Rounds to nearest: `codes = round(w / scale) + zero` in the range that `range` chooses.
+
+    Args:
+      format: of the codes.
+      range: `absmax`, or `least_squares`, which clips where that lowers the squared error; it weighs inputs by E[x^2]
+        when there are statistics with a Gram matrix.
+    """
+
+    format: Format
+    range: Range = absmax
+
+    def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
+        """The codes of one matrix."""
+        importance = None if stats is None or stats.gram is None else stats.mean_square
+        q = write(w.astype(jnp.float32), *self.range(w, self.format, importance), self.format).astype(w.dtype)
+        return q if self.range is absmax else never_worse(w, q, stats, self.format)
