@@ -2,6 +2,9 @@
 
 from jaxquant.encode import fake_quantize as fake_quantize
 from jaxquant.encode import quantize as quantize
+from jaxquant.evaluate import Divergence as Divergence
+from jaxquant.evaluate import divergence as divergence
+from jaxquant.evaluate import perplexity as perplexity
 from jaxquant.format import Format as Format
 from jaxquant.format import fp8 as fp8
 from jaxquant.format import int2 as int2
@@ -23,6 +26,8 @@ from jaxquant.quantizers import outliers as outliers
 from jaxquant.quantizers import rotated as rotated
 from jaxquant.quantizers import rtn as rtn
 from jaxquant.quantizers import smoothquant as smoothquant
+from jaxquant.report import Report as Report
+from jaxquant.report import report as report
 from jaxquant.stats import Stats as Stats
 from jaxquant.transforms.calibrate import calibrate as calibrate
 from jaxquant.transforms.explain import Explanation as Explanation

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
 
 from jaxquant.trace.views import expand
 
@@ -57,21 +57,21 @@ class Rotation:
     own share is the same rotation, and the shapes of the two parts are all there is to know.
 
     Args:
-      signs: 1 or -1, full along the stack and the inputs, 1 along the outputs; 0 for a matrix that is not rotated.
+      signs: int8 1 or -1, full along the stack and the inputs, 1 along the outputs; 0 for a matrix not rotated.
       seams: False; it divides `signs` into the blocks.
     """
 
-    signs: Float[Array, "..."]
+    signs: Int8[Array, "..."]
     seams: Bool[Array, "..."]
 
     def apply(self, x: Float[Array, "B M K"]) -> Float[Array, "B M K"]:
         """Rotates tokens; `signs` is `[1 or B, K, 1]`."""
-        signs, lengths = jnp.swapaxes(self.signs, 1, 2), self.blocks(3)
+        signs, lengths = jnp.swapaxes(self.signs, 1, 2).astype(x.dtype), self.blocks(3)
         return jnp.where(signs == 0, x, hadamard(x * signs, 2, lengths[1]))
 
     def adjoint(self, c: Float[Array, "..."]) -> Float[Array, "..."]:
         """Rotates the rows of a decoded weight back."""
-        turned, signs = c, expand(self.signs, c.shape)
+        turned, signs = c, expand(self.signs, c.shape).astype(c.dtype)
         for axis, length in enumerate(self.blocks(c.ndim)):
             turned = hadamard(turned, axis, length)
         return jnp.where(signs == 0, c, turned * signs)

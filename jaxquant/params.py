@@ -152,8 +152,7 @@ def _encoder(
         encode = functools.partial(_encode, format=quantizer, where=layout(path, leaf.ndim, paths))
     else:
         quantizer = rtn(quantizer) if isinstance(quantizer, Format) else quantizer
-        axes = _guessed(leaf, layout(path, leaf.ndim, paths)) if stats is None else _told(path, leaf, stats)
-        encode = functools.partial(write, stats=stats, quantizer=quantizer, axes=axes)
+        encode = functools.partial(write, stats=stats, quantizer=quantizer, axes=axes_of(path, leaf, paths, stats))
     try:
         jax.eval_shape(encode, leaf)
     except (ShapeError, StatsError, OptionError) as error:
@@ -163,18 +162,22 @@ def _encoder(
     return encode
 
 
-def _guessed(leaf: Any, where: Layout) -> Matrices:
-    """The axes that names tell."""
-    stack = range(leaf.ndim - where.rank)
-    return Matrices.of(leaf.ndim, stack, sorted(a % leaf.ndim for a in where.contracted) if leaf.ndim else ())
+def axes_of(path: str, leaf: Any, paths: Collection[str], stats: Stats | None) -> Matrices:
+    """Which axes of an array are inputs: those that statistics tell, or those that names do.
 
-
-def _told(path: str, leaf: Any, stats: Stats) -> Matrices:
-    """The axes that statistics tell."""
+    Raises:
+      StatsError: the statistics are of another shape.
+    """
+    if stats is None:
+        where = layout(path, leaf.ndim, paths)
+        stack = range(leaf.ndim - where.rank)
+        return Matrices.of(leaf.ndim, stack, sorted(a % leaf.ndim for a in where.contracted) if leaf.ndim else ())
     axes = Matrices.of(leaf.ndim, stats.stack, stats.inputs)
-    sizes = axes.sizes(leaf.shape)
-    if stats.absmax.shape != (*(leaf.shape[a] for a in stats.stack), sizes[-2]):
-        raise StatsError(f"{path} has the shape {leaf.shape}, and its statistics {stats.absmax.shape}: calibrate anew.")
+    fits = max((*stats.stack, *stats.inputs)) < leaf.ndim
+    if not fits or stats.absmax.shape != axes.sizes(leaf.shape)[:-1]:
+        raise StatsError(
+            f"{path} is {leaf.shape}, and its statistics are of {stats.absmax.shape} inputs: calibrate anew."
+        )
     return axes
 
 

@@ -17,6 +17,7 @@ LAYERS = {
     "format": 1,
     "trace": 1,
     "stats": 1,
+    "table": 1,
     "inputs": 2,
     "qtensor": 3,
     "encode": 4,
@@ -26,6 +27,7 @@ LAYERS = {
     "params": 7,
     "transforms": 8,
     "evaluate": 9,
+    "report": 9,
     "__init__": 10,
 }
 CORE = {"jax", "jaxlib", "numpy", "jaxtyping"}

@@ -35,7 +35,7 @@ class rotated:
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix."""
         inputs = w.shape[0]
-        signs = jax.random.rademacher(jax.random.key(self.seed), (inputs, 1), jnp.float32)
+        signs = jax.random.rademacher(jax.random.key(self.seed), (inputs, 1), jnp.int8)
         rotation = Rotation(signs, jnp.zeros((inputs // block_length(inputs), 1), bool))
         turn = lambda rows: jax.tree.map(lambda part: part[None], rotation).apply(rows[None])[0]  # noqa: E731
         q = self.inner(turn(w.astype(jnp.float32).T).T, None if stats is None else _turned(stats, turn))

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxquant import matmul, trace
+from jaxquant import matmul, table, trace
 from jaxquant.format import Format, int8
 from jaxquant.matmul import Meeting
 from jaxquant.qtensor import is_qtensor
 
+_COLOURS = {matmul.INTEGER: "green", matmul.WEIGHT_ONLY: "yellow", matmul.FLOAT: "red"}
 _COLUMNS = ("parameter", "operation", "activations", "weight", "format", "arithmetic", "why")
 
 
@@ -34,27 +35,19 @@ class Explanation:
         return [dataclasses.asdict(meeting) for meeting in self.meetings]
 
     def __str__(self) -> str:
-        return "\n".join(self._lines(lambda text, arithmetic: text))
+        return "\n".join([*self._table(), *self._unmet()])
 
     def __rich__(self) -> str:
-        # A string of markup is a rich renderable, and needs no import of rich.
-        colours = {matmul.INTEGER: "green", matmul.WEIGHT_ONLY: "yellow", matmul.FLOAT: "red"}
+        header, *body = self._table()
+        colours = [_COLOURS.get(meeting.arithmetic) for meeting in self.meetings]
+        painted = [table.painted(*pair) for pair in zip(body, colours, strict=True)]
+        return "\n".join([header, *painted, *(table.painted(line, None) for line in self._unmet())])
 
-        def paint(text: str, arithmetic: str) -> str:
-            escaped = text.replace("[", "\\[")
-            return f"[{colours[arithmetic]}]{escaped}[/]" if arithmetic in colours else escaped
+    def _table(self) -> list[str]:
+        return table.lines(_COLUMNS, [_cells(meeting) for meeting in self.meetings])
 
-        return "\n".join(self._lines(paint))
-
-    def _lines(self, paint: Callable[[str, str], str]) -> list[str]:
-        rows = [_cells(meeting) for meeting in self.meetings]
-        widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-        aligned = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (_COLUMNS, *rows)
-        ]
-        shown = [paint(aligned[0], "")]
-        shown += [paint(line, meeting.arithmetic) for line, meeting in zip(aligned[1:], self.meetings, strict=True)]
-        return shown + [paint(f"{path}: quantized, but it never met a matmul", "") for path in self.unmet]
+    def _unmet(self) -> list[str]:
+        return [f"{path}: quantized, but it never met a matmul" for path in self.unmet]
 
 
 def explain(
