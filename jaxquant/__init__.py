@@ -33,3 +33,4 @@ from jaxquant.transforms.calibrate import calibrate as calibrate
 from jaxquant.transforms.explain import Explanation as Explanation
 from jaxquant.transforms.explain import explain as explain
 from jaxquant.transforms.quantized import quantized as quantized
+from jaxquant.transforms.sequential import quantize_sequentially as quantize_sequentially

@@ -1,6 +1,6 @@
 """From parameters of any rank to the matrices `[in, out]` that a quantizer sees, and back.
 
-    w[30, 9, 64, 576]  --take-->  [30] x [576, 576]  --vmap(quantizer)-->  [30] x QTensor  --give-->  QTensor
+w[30, 9, 64, 576]  --take-->  [30] x [576, 576]  --vmap(quantizer)-->  [30] x QTensor  --give-->  QTensor
 """
 
 import dataclasses

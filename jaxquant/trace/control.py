@@ -62,6 +62,8 @@ def _constrained(values: Sequence, shardings: Sequence | None) -> list:
 def checkpoint(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
     """`jax.checkpoint`: rematerialised with the policy it had."""
     jaxpr = ClosedJaxpr(eqn.params["jaxpr"], ())
+    if walker.recording:
+        return walker.body(jaxpr, inputs, "remat")
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     body = jax.checkpoint(lambda *args: walker.body(jaxpr, args, "remat"), policy=policy, prevent_cse=prevent_cse)
     return body(*inputs)

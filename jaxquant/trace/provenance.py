@@ -12,6 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from jaxquant.trace.views import Shape, pair_axes
 
 NO_AXIS = -1  # of a factor that a broadcast or an index array made
@@ -94,6 +97,30 @@ class Origin:
             return None
         new = [_factor(NO_AXIS, 1, n) for n in shape]
         return self._with([*self.axes[:axis], *new, *self.axes[axis + 1 :]], indexed=whole)
+
+    def restore(self, view: Array) -> Array | None:
+        """The parameter from a view that shows all of it, but for the axes taken away; the inverse of `show`."""
+        order, sizes = self._fine(), [f.size for axis in self.axes for f in axis]
+        left = [n for axis, n in enumerate(self.shape) if axis not in self.away]
+        if math.prod(sizes) != math.prod(left) or any(f.axis == NO_AXIS for axis in self.axes for f in axis):
+            return None
+        return jnp.transpose(view.reshape(sizes), order).reshape(left)
+
+    def show(self, parameter: Array) -> Array:
+        """The view of a parameter (without the axes taken away) that shows all of it."""
+        order, sizes = self._fine(), [f.size for axis in self.axes for f in axis]
+        fine = parameter.reshape([sizes[i] for i in order])
+        return jnp.transpose(fine, [order.index(i) for i in range(len(order))]).reshape(self.view)
+
+    @property
+    def away(self) -> tuple[int, ...]:
+        """The axes of the parameter that loops and indices took away."""
+        return (*(axis for _, axis in (*self.looped, *self.taken)), *(() if self.indexed is None else (self.indexed,)))
+
+    def _fine(self) -> list[int]:
+        """The order of the view's factors in the parameter."""
+        factors = [f for axis in self.axes for f in axis]
+        return sorted(range(len(factors)), key=lambda i: (factors[i].axis, -factors[i].stride))
 
     def _cut_one(self, axis: int, start: int | None, size: int) -> "Origin | None":
         if size == self.view[axis]:

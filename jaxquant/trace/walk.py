@@ -34,8 +34,8 @@ class Rules:
       is_param: tells a parameter (a pytree that stands for one array) among the leaves of the arguments.
       decode: `(param, operation name) -> array`: the float array an operation without a rule gets.
       operations: by primitive name, `(inputs, equation parameters, result) -> array`, with `Param`s among the inputs
-        and `result` the shape and dtype that must come out; None to decline, and the inputs are decoded. A `Recorded`
-        is an array and what is to be remembered of how it came about.
+        and `result` the shape and dtype that must come out; None to decline, and the inputs are decoded; `Recorded` to
+        remember something and leave the operation to the walker.
       untouched: hears the primitive's name and the inputs' shapes of every equation that meets no parameter.
       recording: whether operations answer with `Recorded`; such a walk is not differentiated.
     """
@@ -49,10 +49,15 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """An operation's result and its records, which leave the walk by way of `record`."""
+    """Records, which leave the walk by way of `record`, and what the operation is evaluated on.
 
-    out: Any
+    Args:
+      records: by key.
+      inputs: arrays in the place of the operation's inputs; None for those it had, decoded.
+    """
+
     records: Records
+    inputs: Sequence | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +165,8 @@ def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker
         else:
             untouched.append(eqn)
             _hear(eqn, rules)
-    env.update(_bind(untouched, env))
+    if jaxpr.jaxpr.outvars or not walker.recording:  # who only listens needs nothing after the last meeting
+        env.update(_bind(untouched, env))
     return [_read(env, atom) for atom in jaxpr.jaxpr.outvars], records
 
 
@@ -173,7 +179,8 @@ def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> tupl
             outs, records = CONTROL[name](eqn, inputs, walker) or (None, {})
         elif name in rules.operations:
             answer = rules.operations[name](inputs, eqn.params, result_of(eqn))
-            answer, records = (answer.out, answer.records) if isinstance(answer, Recorded) else (answer, {})
+            if isinstance(answer, Recorded):
+                return _bind_one(eqn, answer.inputs or [walker.decode(x, name) for x in inputs]), answer.records
             outs = None if answer is None else [answer]
         else:
             outs = moved(eqn, inputs)

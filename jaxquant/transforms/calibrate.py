@@ -1,5 +1,6 @@
 """`calibrate`: one pass over some data, and the statistics of what every weight is multiplied with."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from jaxtyping import Array, PyTree
 from jaxquant.errors import CalibrationError, NonFiniteError
 from jaxquant.params import is_matrix
 from jaxquant.stats import Stats, observe
+from jaxquant.transforms.meetings import watch
 from jaxquant.transforms.observe import Look, Seen, spread_taken
-from jaxquant.transforms.watch import Observations, Sight, observed, watch
+from jaxquant.transforms.watch import Observations, Sight, observed
 
 
 def calibrate(
@@ -138,4 +140,5 @@ def _by_path(records: list[Seen], sights: Sequence[Sight]) -> dict[str, Stats]:
         stats = functools.reduce(Stats.merge, [records[key].stats for key in sight.keys])
         pieces.setdefault(sight.path, {})[sight.taken] = stats
     shapes = {sight.path: sight.shape for sight in sights}
-    return {path: spread_taken(found, shapes[path]) for path, found in pieces.items()}
+    whole = {path: spread_taken(found, shapes[path]) for path, found in pieces.items()}
+    return {path: dataclasses.replace(stats, stack=(*axes, *stats.stack)) for path, (axes, stats) in whole.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.errors import UnseenError
 from jaxquant.stats import Stats
@@ -135,18 +135,26 @@ def _of_some(tokens: Tokens, chosen: Bool[Array, " tokens"], look: Look) -> Stat
     return dataclasses.replace(stats, count=jnp.full_like(stats.count, jnp.sum(chosen)))
 
 
-def spread_taken(pieces: Mapping[tuple[tuple[int, int], ...], Stats], shape: tuple[int, ...]) -> Stats:
-    """The statistics of a whole stack from those of single elements, taken by fixed indices; units where none was."""
+def spread_taken(pieces: Mapping[tuple[tuple[int, int], ...], PyTree], shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The whole of a stack from its elements, which were taken by fixed indices; zeros where none was.
+
+    Args:
+      pieces: by `((axis, index), ...)`, trees of one structure.
+      shape: of the parameter.
+
+    Returns:
+      The axes that are stacked in front of the trees' own, and the tree.
+    """
     if set(pieces) == {()}:
-        return pieces[()]
-    axis = next(iter(pieces))[0][0]
+        return (), pieces[()]
+    axis = next(iter(pieces))[0][0] if () not in pieces else -1
     by_index: dict[int, dict] = {}
-    for taken, stats in pieces.items():
+    for taken, piece in pieces.items():
         if not taken or taken[0][0] != axis:
-            raise UnseenError(f"a stack is used as a whole and by its elements along axis {axis}: leave it out.")
-        by_index.setdefault(taken[0][1], {})[taken[1:]] = stats
+            raise UnseenError(f"a stack is used as a whole and by its elements, or along several axes: {set(pieces)}.")
+        by_index.setdefault(taken[0][1], {})[taken[1:]] = piece
     inner = {index: spread_taken(rest, shape) for index, rest in by_index.items()}
-    nothing = jax.tree.map(jnp.zeros_like, next(iter(inner.values())))
-    rows: list[Any] = [inner.get(i, nothing) for i in range(shape[axis])]
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
-    return dataclasses.replace(stacked, stack=(axis, *rows[0].stack))
+    stacked, first = next(iter(inner.values()))
+    nothing = (stacked, jax.tree.map(jnp.zeros_like, first))
+    rows = [inner.get(i, nothing)[1] for i in range(shape[axis])]
+    return (axis, *stacked), jax.tree.map(lambda *parts: jnp.stack(parts), *rows)

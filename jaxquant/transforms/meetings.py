@@ -1,0 +1,120 @@
+"""Meetings: every matmul, convolution and `ragged_dot` of a walk that records, brought to tokens and a weight."""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jaxquant import matmul, trace
+from jaxquant.errors import NoMatchError, UnseenError
+from jaxquant.qtensor import decode, is_qtensor
+from jaxquant.trace import Param, Plain, Recorded
+from jaxquant.transforms.observe import record, record_experts
+
+
+class Tokens(NamedTuple):
+    """Activations laid out as `(batch, rest, contracted)`, the axes of the weight they meet, and which they were."""
+
+    x: Array
+    batch: Sequence[int]
+    contracted: Sequence[int]
+    rest: Sequence[int]
+    axes: Hashable
+
+
+@runtime_checkable
+class Meet(Protocol):
+    """What to do when activations meet a weight."""
+
+    def __call__(self, param: Param, tokens: Tokens, inputs: Sequence, params: Mapping, look: Callable) -> Recorded:
+        """Records a meeting of a parameter with `tokens`; `look` makes statistics of them (`observe.record`)."""
+        ...
+
+
+def watch(params: PyTree, where: Callable[[str, Array], bool]) -> PyTree:
+    """The parameters with those that are to be followed marked; QTensors are followed as they are.
+
+    Raises:
+      NoMatchError: `where` chose nothing.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    named = [(trace.path_name(path), leaf) for path, leaf in leaves]
+    floating = [hasattr(leaf, "ndim") and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in named]
+    chosen = [bool(fits and where(*pair)) for fits, pair in zip(floating, named, strict=True)]
+    if not any(chosen):
+        raise NoMatchError(f"`where` chose none of {', '.join(path for path, _ in named[:40]) or 'an empty tree'}.")
+    marked = [
+        Plain(leaf) if pick and not is_qtensor(leaf) else leaf for (_, leaf), pick in zip(named, chosen, strict=True)
+    ]
+    return treedef.unflatten(marked)
+
+
+def rules(meet: Meet) -> trace.Rules:
+    """The rules of a walk that hears of every meeting."""
+
+    def dot(inputs: Sequence, params: Mapping, result: Any) -> Recorded | None:
+        del result
+        first = isinstance(inputs[0], Param)
+        param, x = inputs if first else inputs[::-1]
+        if isinstance(x, Param):
+            return None
+        return meet(param, _dot_tokens(param, x, params["dimension_numbers"], first), inputs, params, record)
+
+    def conv(inputs: Sequence, params: Mapping, result: Any) -> Recorded | None:
+        del result
+        x, param = inputs
+        return None if isinstance(x, Param) else meet(param, _conv_tokens(param, x, params), inputs, params, record)
+
+    def ragged(inputs: Sequence, params: Mapping, result: Any) -> Recorded | None:
+        del result
+        x, param, sizes = inputs
+        if isinstance(x, Param) or not matmul.is_plain(params):
+            return None
+        experts = functools.partial(record_experts, sizes=sizes)
+        return meet(param, Tokens(x, (), (1,), (x.shape[0],), ()), inputs, params, experts)
+
+    def gather(inputs: Sequence, params: Mapping, result: Any) -> Param | None:
+        del result
+        return matmul.pick_matrices(*inputs, params)
+
+    operations = {"dot_general": dot, "conv_general_dilated": conv, "ragged_dot_general": ragged, "gather": gather}
+    return trace.Rules(_is_followed, _decoded, operations, recording=True)
+
+
+def _is_followed(leaf: Any) -> bool:
+    return is_qtensor(leaf) or isinstance(leaf, Plain)
+
+
+def _decoded(param: Param, why: str) -> Array:
+    del why
+    return decode(param.value) if is_qtensor(param.value) else param.value.array
+
+
+def _dot_tokens(param: Param, x: Array, numbers: Any, weight_first: bool) -> Tokens:
+    """The activations of a `dot_general`, transformed as those of a QTensor are."""
+    dot = matmul.make_dot(numbers, weight_first, (None, 0), None, x.dtype, ())
+    (of_x, of_w), (batch_x, batch_w) = dot.contracted, dot.batch
+    x = dot.transformed(x, param.value) if is_qtensor(param.value) else x
+    rest = [axis for axis in range(x.ndim) if axis not in (*of_x, *batch_x)]
+    moved = jnp.transpose(x, (*batch_x, *rest, *of_x))
+    return Tokens(moved, batch_w, of_w, [x.shape[axis] for axis in rest], (of_x, batch_x))
+
+
+def _conv_tokens(param: Param, x: Array, params: Mapping) -> Tokens:
+    """The patches of a convolution, one token for each place of each example and each feature group."""
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    if params["batch_group_count"] != 1 or (is_qtensor(param.value) and param.value.transform):
+        raise UnseenError(f"{param.path}: a convolution that groups its batch, or of a transformed kernel.")
+    output, features, *window = numbers.rhs_spec
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
+    size = tuple(param.value.shape[axis] for axis in window)
+    patches = jax.lax.conv_general_dilated_patches(x, size, **{name: params[name] for name in names})
+    patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
+    del output
+    places = (math.prod(patches.shape[:-1]), groups)
+    moved = patches.reshape(*places, param.value.shape[features], *size)
+    return Tokens(moved, (), (features, *window), places, tuple(params[name] for name in names[:-1]))

@@ -1,0 +1,157 @@
+"""`quantize_sequentially`: each weight is calibrated on the outputs of the quantized weights before it.
+
+for each matmul, in the order of the program:   stats = observe(x),   q = quantizer(w, stats),   y = x @ decode(q)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from jaxquant import trace
+from jaxquant.errors import CalibrationError, UnseenError
+from jaxquant.format import Format
+from jaxquant.matrices import Matrices, write
+from jaxquant.params import is_matrix
+from jaxquant.qtensor import QTensor, decode
+from jaxquant.quantizers import Quantizer, rtn
+from jaxquant.stats import observe
+from jaxquant.trace import Param, Plain, Recorded, views
+from jaxquant.transforms.meetings import Meet, Tokens, rules, watch
+from jaxquant.transforms.observe import arrange, spread_taken
+
+
+def quantize_sequentially(
+    fn: Callable,
+    params: PyTree,
+    batches: Iterable[Any],
+    quantizer: Quantizer | Format,
+    *,
+    where: Callable[[str, Array], bool] = is_matrix,
+    gram: bool = True,
+    tell: Callable[[str], None] = lambda path: None,
+) -> PyTree:
+    """Calibrates and quantizes in one pass over the program, each weight on what the quantized ones before it put out.
+
+    What GPTQ's authors do layer by layer, for any function: its equations are evaluated one after the other on all
+    batches at once, and where a weight is met it is quantized, and used so from there on. One Gram matrix is held at
+    a time, and the activations of all batches at one place of the program. Loops over stacked weights (`scan`) are
+    compiled; everything else runs as it comes, so do not jit this.
+
+    Args:
+      fn, params, batches, where, gram: as for `calibrate`; the batches are of one shape, and several are
+        stacked and mapped over by `vmap`.
+      quantizer: as for `quantize_params`.
+      tell: hears the path of each weight that is about to be quantized.
+
+    Returns:
+      The parameters, with QTensors for those that were chosen.
+
+    Raises:
+      CalibrationError: there was no batch, or their shapes differ.
+      UnseenError: a chosen weight never meets a matmul, or does so in several turns of a loop or in a branch, where
+        not all of its inputs are there at once: use `calibrate` for those.
+    """
+    quantizer = rtn(quantizer) if isinstance(quantizer, Format) else quantizer
+    rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    args = _stacked(rows)
+    mapped = fn if len(rows) == 1 else jax.vmap(fn, in_axes=(None,) + (0,) * len(args))
+    watched = watch(params, where)
+
+    def whole(params: PyTree, *args: Any) -> tuple:
+        mapped(params, *args)
+        return ()
+
+    do = rules(_quantizing(quantizer, functools.partial(observe, gram=gram), tell))
+    staged = trace.stage(whole, do, (watched, *args), {})
+    _, records = trace.record(staged.jaxpr, staged.inputs, do)
+    return _replaced(watched, records)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["q"], meta_fields=["axes", "loops"])
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A quantized parameter on its way out of the loops that run over it.
+
+    Args:
+      q: the codes; their axes are the parameter's `axes`, in this order.
+      axes, loops: as in `observe.Seen`.
+    """
+
+    q: QTensor
+    axes: tuple[int, ...]
+    loops: tuple[tuple[int, int], ...]
+
+    def merge(self, other: "Written") -> "Written":
+        """The first one: a weight that is met again is met as it was quantized."""
+        del other
+        return self
+
+    def leave(self, loop: int) -> "Written":
+        """Stacked by a loop over the parameter."""
+        axis = dict(self.loops)[loop]
+        return Written(self.q, (axis, *self.axes), tuple(pair for pair in self.loops if pair[0] != loop))
+
+
+def _stacked(rows: Sequence[tuple]) -> tuple:
+    """All batches as one, their number a new leading axis; a single one as it is."""
+    if not rows:
+        raise CalibrationError("there was no batch: give an iterable of the inputs that the function takes.")
+    if len(rows) == 1:
+        return rows[0]
+    try:
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"batches have to be alike to be quantized on together: {error}") from None
+
+
+def _quantizing(quantizer: Quantizer, look: Callable, tell: Callable[[str], None]) -> Meet:
+    """Quantizes the weight of every meeting, and evaluates it on the decoded codes."""
+    done: dict[tuple, QTensor] = {}
+
+    def meet(param: Param, tokens: Tokens, inputs: Sequence, params: Mapping, view: Callable) -> Recorded:
+        del params
+        origin = param.origin
+        to = arrange(param, tokens.batch, tokens.contracted, tokens.rest)
+        assert origin is not None
+        key = (param.path, origin.taken)
+        w = origin.restore(param.value.array)
+        alone = isinstance(tokens.x, Tracer) and not origin.looped
+        if w is None or origin.indexed is not None or alone:
+            raise UnseenError(f"{param.path} does not meet all of its inputs at once: use calibrate, or `where`.")
+        left = [axis for axis in range(len(origin.shape)) if axis not in origin.away]
+        if key not in done:
+            tell(param.path)
+            seen = view(tokens.x, to, param, look)
+            stack, contracted = ([left.index(axis) for axis in axes] for axes in (seen.stats.stack, seen.stats.inputs))
+            axes = Matrices.of(len(left), stack, contracted)
+            done[key] = write(w, seen.stats, quantizer=quantizer, axes=axes)
+        q = done[key]
+        shown = origin.show(decode(q)).astype(param.value.dtype)
+        return Recorded({key: Written(q, tuple(left), origin.looped)}, [shown if x is param else x for x in inputs])
+
+    return meet
+
+
+def _replaced(watched: PyTree, records: Mapping[Hashable, Any]) -> PyTree:
+    """The parameters with what was written in the place of the watched ones."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(watched, is_leaf=lambda leaf: isinstance(leaf, Plain))
+    named = [(trace.path_name(path), leaf) for path, leaf in leaves]
+    pieces: dict[str, dict] = {}
+    for (path, taken), written in records.items():
+        pieces.setdefault(path, {})[taken] = written
+    unmet = [path for path, leaf in named if isinstance(leaf, Plain) and path not in pieces]
+    if unmet:
+        raise UnseenError(f"{', '.join(unmet)} never met a matmul: leave them out with `where`.")
+    return treedef.unflatten([_assembled(leaf, pieces[path]) if path in pieces else leaf for path, leaf in named])
+
+
+def _assembled(leaf: Plain, pieces: Mapping[tuple, Written]) -> QTensor:
+    front, written = spread_taken(pieces, leaf.shape)
+    axes = (*front, *written.axes)
+    return views.transpose(written.q, [axes.index(axis) for axis in range(len(axes))])
