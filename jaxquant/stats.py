@@ -18,13 +18,13 @@ from jaxquant.errors import StatsError
 
 _LEVELS = 128
 # |x| is compared with powers of 2^(1/4) from 2^-16 to 2^16.
-_THRESHOLDS = tuple(2.0 ** ((j - 64) / 4) for j in range(_LEVELS))
+THRESHOLDS = tuple(2.0 ** ((j - 64) / 4) for j in range(_LEVELS))
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["count", "absmax", "abssum", "above", "gram"],
-    meta_fields=["stack", "inputs"],
+    meta_fields=["stack", "inputs", "transformed"],
 )
 @dataclasses.dataclass(frozen=True)
 class Stats:
@@ -38,6 +38,7 @@ class Stats:
       gram: float32 `[in, in]`, or None where nobody asked for it.
       stack: static; the axes of the parameter that are a stack of matrices, in the order of the leading axes here.
       inputs: static; the axes of the parameter that a matmul contracts, which are flattened into `in`.
+      transformed: static; whether a QTensor's transform was done to the inputs before they were observed.
     """
 
     count: Float[Array, "*stack"]
@@ -47,6 +48,7 @@ class Stats:
     gram: Float[Array, "*stack in in"] | None
     stack: tuple[int, ...] = ()
     inputs: tuple[int, ...] = (0,)
+    transformed: bool = False
 
     def merge(self, other: "Stats") -> "Stats":
         """The statistics of what two of them saw."""
@@ -74,7 +76,7 @@ def observe(x: Float[Array, "*stack tokens in"], gram: bool = True) -> Stats:
     """The statistics of a batch of tokens, in float32 whatever their dtype."""
     x = x.astype(jnp.float32)
     size = jnp.abs(x)
-    above = size[..., None] > jnp.asarray(_THRESHOLDS, jnp.float32).reshape((1,) * x.ndim + (_LEVELS,))
+    above = size[..., None] > jnp.asarray(THRESHOLDS, jnp.float32).reshape((1,) * x.ndim + (_LEVELS,))
     return Stats(
         count=jnp.full(x.shape[:-2], x.shape[-2], jnp.float32),
         absmax=jnp.max(size, axis=-2, initial=0.0),
@@ -104,7 +106,7 @@ def quantile(stats: Stats, share: ArrayLike) -> Float[Array, ""]:
     """The size that a share of all inputs stays below, to a quarter of an octave and never beyond the largest."""
     total = stats.count * stats.absmax.shape[-1]
     beyond = jnp.sum(stats.above > (1 - share) * total)
-    bound = jnp.asarray((0.0, *_THRESHOLDS[1:], jnp.inf), jnp.float32)
+    bound = jnp.asarray((0.0, *THRESHOLDS[1:], jnp.inf), jnp.float32)
     return jnp.minimum(bound[beyond], jnp.max(stats.absmax))
 
 

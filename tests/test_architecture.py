@@ -25,6 +25,7 @@ LAYERS = {
     "quantizers": 5,
     "matrices": 6,
     "params": 7,
+    "static": 7,
     "transforms": 8,
     "evaluate": 9,
     "report": 9,

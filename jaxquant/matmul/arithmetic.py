@@ -64,7 +64,7 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
     groups, inputs = q.scale.shape[1], q.shape[1]
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers")
-    if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_scale is not None):
+    if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
         digits_pay = rows <= _FEW_DIGITS and groups == 1
@@ -81,7 +81,7 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
 def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M N"]:
     """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums."""
     rest, largest = split_outliers(x, outliers)
-    tokens = quantize_tokens(rest, activations, scale=q.input_scale)
+    tokens = quantize_tokens(rest, activations, bound=q.input_bound)
     if tokens.zero is None:
         out = tokens.scale * _codes_dot(tokens.codes, q)
     else:
@@ -128,15 +128,16 @@ class Tokens(NamedTuple):
 
 
 def quantize_tokens(
-    x: Float[Array, "..."], activations: Format, axis: Axes = -1, scale: Float[Array, "..."] | None = None
+    x: Float[Array, "..."], activations: Format, axis: Axes = -1, bound: Float[Array, "..."] | None = None
 ) -> Tokens:
     """Quantizes activations along `axis`; NaN is the scale of a token that has a NaN or an infinity.
 
-    A `scale` found beforehand, which broadcasts against `x`, makes them saturate and leaves out the zero point.
+    A `bound` found beforehand, which broadcasts against `x`, makes them saturate there, and needs no zero point.
     """
     # An explicit test, because a maximum may swallow a NaN on CPU.
     finite = jnp.all(jnp.isfinite(x), axis=axis, keepdims=True)
-    if scale is not None:
+    if bound is not None:
+        scale = jnp.where(bound > 0, bound, 1) / activations.qmax
         codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -activations.qmax, activations.qmax)
         return Tokens(codes.astype(jnp.int8), jnp.where(finite, scale, jnp.nan), None)
     q = quantize(x, activations, axis=axis)
@@ -147,7 +148,7 @@ def quantize_tokens(
 def say(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M K"]:
     """What the codes of activations say: the numbers that `integer` multiplies, as floats."""
     rest, largest = split_outliers(x, min(outliers, x.shape[-1]))
-    tokens = quantize_tokens(rest, activations, scale=q.input_scale)
+    tokens = quantize_tokens(rest, activations, bound=q.input_bound)
     centred = tokens.codes.astype(jnp.float32)
     said = tokens.scale * (centred if tokens.zero is None else centred - tokens.zero)
     return functools.reduce(lambda y, one: jnp.where(_is_at(one[0], y.shape[-1]), y + one[1], y), largest, said)

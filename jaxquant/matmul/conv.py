@@ -47,7 +47,7 @@ class Conv:
             return self.reference(x, q)
         numbers = self._numbers()
         example = tuple(axis for axis in range(x.ndim) if axis != numbers.lhs_spec[0])
-        image = quantize_tokens(x, self.activations, axis=example, scale=q.input_scale)
+        image = quantize_tokens(x, self.activations, axis=example, bound=q.input_bound)
         sums = self._sums(image.codes, q).astype(jnp.float32)
         if image.zero is not None:
             # The sums of the kernel under the image, which are smaller at the borders: padding is zero, not `zero`.

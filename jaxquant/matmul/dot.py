@@ -79,9 +79,12 @@ class Dot:
         return jax.lax.dot_general(operands[0], operands[1], (contracted, batch), self.precision, self.dtype)
 
     def transformed(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
-        """What the codes meet: the activations after the transform of their inputs."""
+        """What the codes meet: the activations after the transform, without the inputs that are kept in float."""
         weight = self._weight(q)
-        return x if weight is None else self._untokened(inputs.apply(weight.transform, self._tokens(x)), x.shape)
+        if weight is None:
+            return x
+        tokens, _ = split_kept(inputs.apply(weight.transform, self._tokens(x)), weight.kept)
+        return self._untokened(tokens, x.shape)
 
     def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
         rows = _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))

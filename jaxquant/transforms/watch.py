@@ -6,10 +6,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxquant import trace
 from jaxquant.qtensor import is_qtensor
+from jaxquant.stats import Stats
 from jaxquant.trace import Param, Recorded
 from jaxquant.transforms.meetings import Meet, Tokens, rules
 from jaxquant.transforms.observe import Look, Seen, arrange
@@ -51,6 +52,10 @@ def observed(fn: Callable, watched: PyTree, args: Sequence, look: Look) -> tuple
     return staged.inputs, run
 
 
+def _looked(look: Look, transformed: bool, tokens: Array) -> Stats:
+    return dataclasses.replace(look(tokens), transformed=transformed)
+
+
 def _watching(look: Look, sights: dict[tuple, dict[Hashable, None]]) -> Meet:
     """Looks at the tokens of every meeting of one trace, and lists in `sights` who met which record."""
     seen: dict[Hashable, tuple[Any, Hashable]] = {}
@@ -66,7 +71,8 @@ def _watching(look: Look, sights: dict[tuple, dict[Hashable, None]]) -> Meet:
             # The key is that of the equation, so that a body that is traced twice records under one.
             key = (param.path, origin.taken, id(params))
             seen[way] = (source, key)  # with the array, so that its id stays its own
-            records[key] = view(tokens.x, to, param, look)
+            of_codes = is_qtensor(param.value) and (bool(param.value.transform) or param.value.kept is not None)
+            records[key] = view(tokens.x, to, param, functools.partial(_looked, look, of_codes))
         sights.setdefault((param.path, origin.shape, origin.taken), {})[seen[way][1]] = None
         return Recorded(records)
 
