@@ -9,12 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 KINDS = ("in domain", "other kind")
-HEADINGS = (
-    "method",
-    "bits",
-    "s",
-    *(f"{kind}: {what}" for kind in KINDS for what in ("perplexity", "R", "KL", "top-1")),
-)
+SCORES = ("perplexity", "R", "KL", "top-1")
+HEADINGS = ("method", "bits", "s", *(f"{kind}: {score}" for kind in KINDS for score in SCORES))
 
 Results = dict[str, dict[str, dict[str, Any]]]
 
@@ -36,13 +32,8 @@ def _scores(cell: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
     shown = []
     for kind in KINDS:
         score, share = cell["scores"][kind], closed(cell, baseline, kind)
-        kl = f"{score['kl']:.4f} ± {score['kl_error']:.4f}"
-        shown += [
-            f"{score['perplexity']:.2f}",
-            "" if math.isnan(share) else f"{share:.0%}",
-            kl,
-            f"{score['agreement']:.1%}",
-        ]
+        shown += [f"{score['perplexity']:.2f}", "" if math.isnan(share) else f"{share:.0%}"]
+        shown += [f"{score['kl']:.4f} ± {score['kl_error']:.4f}", f"{score['agreement']:.1%}"]
     return shown
 
 
@@ -67,12 +58,13 @@ def markdown(results: Results, about: str) -> str:
     lines = [
         "# Post-training quantization of SmolLM2-135M",
         "",
-        f"Written by `python examples/ptq_smollm2.py`: {about}. Calibrated on a mix of CPython's documentation,",
-        "licences, source code and text sampled from the model, unless a row says otherwise. *In domain* is held-out",
-        "documentation, *other kind* the World Factbook. All matrices of the blocks are quantized, the embedding is not.",
-        "R is the share of nearest rounding's loss gap that a method closes; a cell below 0 is worse than rounding. KL and",
-        "top-1 agreement are against the float model, ± half a 95 % interval over windows. s is the time to quantize after",
-        "calibration (a sequential method calibrates as it goes). Bits count scales, zero points and everything else.",
+        f"Written by `python examples/ptq_smollm2.py`: {about}.",
+        "Calibrated on a mix of CPython's documentation, licences, source code and text sampled from the model, unless",
+        "a row says otherwise. *In domain* is held-out documentation, *other kind* the World Factbook. All matrices of",
+        "the blocks are quantized, the embedding is not. R is the share of nearest rounding's loss gap that a method",
+        "closes; below 0 it is worse than rounding. KL and top-1 agreement are against the float model, ± half a 95 %",
+        "interval over windows. s is the time to quantize after calibration (sequential methods calibrate as they go).",
+        "Bits count scales, zero points and all else.",
         "",
         "![R of every method](ptq_smollm2.png)",
     ]

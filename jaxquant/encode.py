@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxquant.errors import NonFiniteError, NotQuantizableError, ShapeError
 from jaxquant.format import Format, int8
@@ -142,7 +142,7 @@ def fit(
         jnp.max(members, over, initial=0.0, keepdims=True),
     )
     last = (axes[-1] + 1,) if format.group and axes else ()
-    low, high = (clip * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
+    low, high = (jnp.asarray(clip) * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
     if format.symmetric:
         scale = jnp.maximum(-low, high) / format.qmax
         return _positive(scale, high - low), jnp.zeros_like(scale)
@@ -172,7 +172,7 @@ def _quotient(w: Array, scale: Array) -> Array:
 
 def encode(
     w: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], format: Format
-) -> Float[Array, "..."]:
+) -> Shaped[Array, "..."]:
     """The codes nearest to an array, as numbers, not in their container yet."""
     scale = expand(scale, w.shape)
     if format.levels is not None:

@@ -65,12 +65,6 @@ class Stats:
         total = jax.tree.map(lambda part: jnp.sum(part, axis=tuple(range(axes))), self)
         return dataclasses.replace(total, absmax=jnp.max(self.absmax, axis=tuple(range(axes))))
 
-    @property
-    def mean_square(self) -> Float[Array, "*stack in"]:
-        """`E[x^2]` of each input, the importance of a row of the weight; needs the Gram matrix."""
-        diagonal = jnp.diagonal(need_gram(self, "the mean square"), axis1=-2, axis2=-1)
-        return diagonal / jnp.maximum(self.count, 1)[..., None]
-
 
 def observe(x: Float[Array, "*stack tokens in"], gram: bool = True) -> Stats:
     """The statistics of a batch of tokens, in float32 whatever their dtype."""
@@ -100,6 +94,13 @@ def output_error(d: Float[Array, "in out"], stats: Stats | None) -> Float[Array,
         return jnp.sum(jnp.square(d))
     hessian = stats.gram / jnp.maximum(stats.count, 1)
     return jnp.sum(d * jnp.matmul(hessian, d, precision="highest"))
+
+
+def mean_square(stats: Stats | None, inputs: int) -> Float[Array, " in"]:
+    """`E[x^2]` of each input, the importance of its row of the weight; 1 where there is no Gram matrix to tell."""
+    if stats is None or stats.gram is None:
+        return jnp.ones((inputs,), jnp.float32)
+    return jnp.diagonal(stats.gram) / jnp.maximum(stats.count, 1)
 
 
 def quantile(stats: Stats, share: ArrayLike) -> Float[Array, ""]:

@@ -63,6 +63,7 @@ class Dot:
         if formulation.run is not None:
             out = self._assembled(formulation.run(tokens, weight.core), x.shape, q.shape)
         else:
+            assert formulation.say is not None
             # In float32 whatever the dtype, so that the codes of the activations are exact here too.
             said = self._untokened(formulation.say(tokens, weight), x.shape)
             exact = dataclasses.replace(self, dtype=jnp.dtype(jnp.float32))

@@ -127,7 +127,7 @@ def round_rows(
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=b * size, slice_size=size)
         now = Rows(part(w), part(scale), part(zero))
         if refresh:
-            grid = refresh(now.w, format(group=None), None)
+            grid = refresh(now.w, format(group=None), jnp.ones((size,), jnp.float32))
             now = Rows(now.w, *(expand_rows(one, size) for one in grid))
         across = part(factor)
         done, errors = _round_block(now, part(across, axis=1), format)

@@ -11,8 +11,8 @@ from jaxquant.errors import OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix, never_worse
-from jaxquant.quantizers.ranges import refit
-from jaxquant.stats import Stats
+from jaxquant.quantizers.ranges import Grid, refit
+from jaxquant.stats import Stats, mean_square
 from jaxquant.trace.views import expand
 
 
@@ -24,7 +24,7 @@ class hqq:
 
     by turns: the error is shrunk to `e = sign(r) max(0, |r| - |r|^(p-1) / beta)`, which leaves the large ones, and the
     scale and zero point are fitted to `w - e` by least squares; beta grows. The zero point stays an integer here, so
-    the scale is fitted along with it.
+    the scale is fitted along with it. It needs no data; the fit weighs inputs by E[x^2] where that is known.
 
     Args:
       format: of the codes; integers.
@@ -43,21 +43,20 @@ class hqq:
             raise OptionError(f"hqq(p={self.p}, rounds={self.rounds}): p lies in (0, 1], and there is a round or more.")
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
-        """The codes of one matrix; the statistics are not used."""
-        del stats
-        w32 = w.astype(jnp.float32)
+        """The codes of one matrix."""
+        w32, importance = w.astype(jnp.float32), mean_square(stats, w.shape[0])
         grid = fit(w32, self.format, (0,))
         # In units of each group's scale, so that beta means the same everywhere.
         unit = expand(grid[0], w.shape)
 
-        def turn(i: Array, grid):
+        def turn(i: Array, grid: Grid) -> Grid:
             steps = encode(w32, *grid, self.format) - expand(grid[1], w.shape)
             residual = w32 - steps * expand(grid[0], w.shape)
             target = w32 - unit * _shrink(residual / unit, 2.0 * 1.05**i, self.p)
-            return refit(target, self.format, grid, jnp.ones(w.shape[:1], jnp.float32))
+            return refit(target, self.format, grid, importance)
 
-        grid = jax.lax.fori_loop(0, self.rounds, turn, grid)
-        return never_worse(w, write(w32, *grid, self.format).astype(w.dtype), None, self.format)
+        scale, zero = jax.lax.fori_loop(0, self.rounds, turn, grid)
+        return never_worse(w, write(w32, scale, zero, self.format).astype(w.dtype), stats, self.format)
 
 
 def _shrink(r: Float[Array, "..."], beta: Float[Array, ""], p: float) -> Float[Array, "..."]:

@@ -17,28 +17,27 @@ from jaxquant.quantizers.quantizer import Matrix
 from jaxquant.trace.views import expand
 
 Grid = tuple[Float[Array, "groups out"], Float[Array, "groups out"]]
-Range = Callable[[Matrix, Format, Float[Array, " in"] | None], Grid]
+Range = Callable[[Matrix, Format, Float[Array, " in"]], Grid]
 
 # Shares of the range that are tried; a good one is rarely below a half (two bits: a third).
 _SHARES = tuple(1 - 0.03 * i for i in range(24))
 _ROUNDS = 3
 
 
-def absmax(w: Matrix, format: Format, importance: Float[Array, " in"] | None) -> Grid:
+def absmax(w: Matrix, format: Format, importance: Float[Array, " in"]) -> Grid:
     """The whole range of each group."""
     del importance
     return fit(w, format, (0,))
 
 
-def least_squares(w: Matrix, format: Format, importance: Float[Array, " in"] | None) -> Grid:
-    """The range with the least squared error, weighted by the importance `E[x^2]` of each input if it is known.
+def least_squares(w: Matrix, format: Format, importance: Float[Array, " in"]) -> Grid:
+    """The range with the least squared error, weighted by the importance `E[x^2]` of each input.
 
     Shares of the whole range are tried, then the scale and zero point are alternately fitted to the codes and the codes
     to them; each group keeps the best it has seen.
     """
     w = w.astype(jnp.float32)
-    weight = jnp.ones(w.shape[:1], jnp.float32) if importance is None else importance
-    error = functools.partial(squared_error, w, format=format, importance=weight)
+    error = functools.partial(squared_error, w, format=format, importance=importance)
 
     def better(best, grid):
         (old_error, old), new_error = best, error(*grid)
@@ -52,7 +51,7 @@ def least_squares(w: Matrix, format: Format, importance: Float[Array, " in"] | N
     best, _ = jax.lax.scan(narrow, (error(*whole), whole), jnp.asarray(_SHARES[1:], jnp.float32))
     if format.is_integer:
         for _ in range(_ROUNDS):
-            best = better(best, refit(w, format, best[1], weight))
+            best = better(best, refit(w, format, best[1], importance))
     return best[1]
 
 

@@ -9,7 +9,7 @@ from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix, never_worse
 from jaxquant.quantizers.ranges import Range, absmax
-from jaxquant.stats import Stats
+from jaxquant.stats import Stats, mean_square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,6 @@ class rtn:
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix."""
-        importance = None if stats is None or stats.gram is None else stats.mean_square
-        q = write(w.astype(jnp.float32), *self.range(w, self.format, importance), self.format).astype(w.dtype)
+        scale, zero = self.range(w, self.format, mean_square(stats, w.shape[0]))
+        q = write(w.astype(jnp.float32), scale, zero, self.format).astype(w.dtype)
         return q if self.range is absmax else never_worse(w, q, stats, self.format)

@@ -73,11 +73,9 @@ def _cut(param: Param, start: Sequence[int], limit: Sequence[int], strides: Sequ
 def _dynamic_slice(eqn: JaxprEqn, param: Param, *starts) -> Param | None:
     shape, sizes = param.value.shape, _ints(eqn.params["slice_sizes"])
     known = [int(start) if isinstance(start, int | np.integer) else None for start in starts]
-    bundle, origin = (
-        views.dynamic_cut(param.value, shape, starts, sizes),
-        param.origin and param.origin.cut(known, sizes),
-    )
-    if bundle is None or origin is None or origin.indexed == param.origin.indexed:
+    bundle = views.dynamic_cut(param.value, shape, starts, sizes)
+    origin, before = param.origin and param.origin.cut(known, sizes), param.origin
+    if bundle is None or origin is None or before is None or origin.indexed == before.indexed:
         return _if_taken(param, bundle, origin)
     (axis,) = [a for a, size in enumerate(sizes) if size == 1 != shape[a] and known[a] is None]
     return param.view(bundle, origin, jnp.clip(starts[axis], 0, shape[axis] - 1))

@@ -23,7 +23,7 @@ class Record(Protocol):
         ...
 
 
-Records = dict[Hashable, Record]
+Records = dict[Hashable, Any]
 
 
 def merged(records: Records, more: Records) -> Records:

@@ -113,8 +113,9 @@ def _step(fn: Callable, watched: PyTree, args: Sequence, look: Look) -> Callable
         return Observations(both, seen.sights)
 
     def step(total: list[Seen] | None, args: Sequence) -> Observations:
-        if total is None:
-            total = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), nothing.records)
+        zeros = lambda part: jnp.zeros(part.shape, part.dtype)  # noqa: E731
+        total = jax.tree.map(zeros, nothing.records) if total is None else total
+        assert total is not None
         batch = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "shape")]
         return Observations(total, nothing.sights) if any(map(_is_shape, batch)) else add(total, held, batch)
 

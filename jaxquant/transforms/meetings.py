@@ -30,8 +30,8 @@ class Tokens(NamedTuple):
 class Meet(Protocol):
     """What to do when activations meet a weight."""
 
-    def __call__(self, param: Param, tokens: Tokens, inputs: Sequence, params: Mapping, look: Callable) -> Recorded:
-        """Records a meeting of a parameter with `tokens`; `look` makes statistics of them (`observe.record`)."""
+    def __call__(self, param: Param, tokens: Tokens, inputs: Sequence, params: Mapping, view: Callable) -> Recorded:
+        """Records a meeting of a parameter with `tokens`; `view` makes statistics of them (`observe.record`)."""
         ...
 
 
@@ -79,7 +79,8 @@ def rules(meet: Meet) -> trace.Rules:
 
     def gather(inputs: Sequence, params: Mapping, result: Any) -> Param | None:
         del result
-        return matmul.pick_matrices(*inputs, params)
+        param, indices = inputs
+        return matmul.pick_matrices(param, indices, params)
 
     operations = {"dot_general": dot, "conv_general_dilated": conv, "ragged_dot_general": ragged, "gather": gather}
     return trace.Rules(_is_followed, _decoded, operations, recording=True)

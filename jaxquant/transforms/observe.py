@@ -90,7 +90,7 @@ def arrange(param: Param, batch: Sequence[int], contracted: Sequence[int], rest:
         raise UnseenError(_unseen(param, "one of its axes is both contracted and a batch"))
     sizes = tuple(origin.shape[a] for a in axes[0])
     shape = (*sizes, math.prod(split[i] for i in others), math.prod(f.size for f in of_inputs))
-    return Arrangement(split, order, *axes, shape)
+    return Arrangement(split, order, axes[0], axes[1], shape)
 
 
 def _unseen(param: Param, why: str) -> str:

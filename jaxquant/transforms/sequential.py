@@ -5,7 +5,7 @@ for each matmul, in the order of the program:   stats = observe(x),   q = quanti
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,7 +138,7 @@ def _quantizing(quantizer: Quantizer, look: Callable, tell: Callable[[str], None
     return meet
 
 
-def _replaced(watched: PyTree, records: Mapping[Hashable, Any]) -> PyTree:
+def _replaced(watched: PyTree, records: Mapping[Any, Written]) -> PyTree:
     """The parameters with what was written in the place of the watched ones."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(watched, is_leaf=lambda leaf: isinstance(leaf, Plain))
     named = [(trace.path_name(path), leaf) for path, leaf in leaves]

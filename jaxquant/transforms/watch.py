@@ -46,7 +46,10 @@ def observed(fn: Callable, watched: PyTree, args: Sequence, look: Look) -> tuple
         sights: dict[tuple, dict[Hashable, None]] = {}
         _, records = trace.record(staged.jaxpr, inputs, rules(_watching(look, sights)))
         number = {key: i for i, key in enumerate(records)}
-        found = [Sight(*sight, tuple(number[key] for key in keys)) for sight, keys in sights.items()]
+        found = [
+            Sight(path, shape, taken, tuple(number[key] for key in keys))
+            for (path, shape, taken), keys in sights.items()
+        ]
         return Observations(list(records.values()), tuple(found))
 
     return staged.inputs, run
