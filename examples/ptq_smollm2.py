@@ -1,6 +1,6 @@
 """Every post-training method on SmolLM2-135M, at 8, 4, 3 and 2 bits, scored on the kind of text it saw and on another.
 
-python examples/ptq_smollm2.py                     all cells, half an hour on 2 cores; writes docs/ptq_smollm2.*
+python examples/ptq_smollm2.py                     all cells, an hour on 2 cores; writes docs/ptq_smollm2.*
 python examples/ptq_smollm2.py --only "W4 g64"     one setting
 python examples/ptq_smollm2.py --smoke             two cells on a few tokens
 
@@ -69,6 +69,7 @@ def weight_only(format: jq.Format) -> list[Method]:
         Method("rtn, least squares, no statistics", search, None),
         Method("hqq, no statistics", jq.hqq(format), None),
         Method("rtn, least squares, random tokens", search, "random tokens"),
+        Method("hqq, random tokens", jq.hqq(format), "random tokens"),
         Method("rtn, least squares", search),
         Method("awq(rtn, least squares)", jq.awq(search)),
         Method("gptq, absmax", jq.gptq(format, jq.absmax)),
@@ -80,6 +81,12 @@ def weight_only(format: jq.Format) -> list[Method]:
         Method("gptq, sequential", gptq, sequential=True),
         Method("rotated(gptq), sequential", jq.rotated(gptq), sequential=True),
     ]
+
+
+def shorter(format: jq.Format) -> list[Method]:
+    """Those of them that are worth their minutes at other widths."""
+    worth = ("rtn", "rtn, least squares", "gptq", "awq(gptq)", "rotated(gptq)", "rotated(gptq), sequential")
+    return [method for method in weight_only(format) if method.name in worth]
 
 
 def int8_methods() -> list[Method]:
@@ -104,9 +111,9 @@ SOURCES = ("documentation", "licences", "source code", "sampled", "random tokens
 SETTINGS: dict[str, list[Method]] = {
     "W8A8": int8_methods(),
     "W4 g64": weight_only(W4),
-    "W4 per channel": weight_only(W4_CHANNEL),
-    "W3 g64": weight_only(W3),
-    "W2 g32": weight_only(W2),
+    "W4 per channel": shorter(W4_CHANNEL),
+    "W3 g64": shorter(W3),
+    "W2 g32": shorter(W2),
     "W4 g64 gptq by source": [
         Method("rtn", jq.rtn(W4), None),
         *(Method(f"gptq on {source}", jq.gptq(W4), source) for source in SOURCES),

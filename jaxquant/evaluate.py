@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxquant.errors import CalibrationError
 
-Forward = Callable[[Int[Array, "batch time"]], Float[Array, "batch time vocab"]]
+# Tokens [batch, time] to logits [batch, time, vocab]; sizes may differ from batch to batch.
+Forward = Callable[[Array], Array]
 # Half of a 95 % interval of a mean, in standard errors.
 _NORMAL = 1.96
 
@@ -52,7 +54,7 @@ class Divergence:
 
 
 def perplexity(
-    forward: Forward, batches: Iterable[Int[Array, "batch time"]], *, progress: Callable[[Iterable], Iterable] = iter
+    forward: Forward, batches: Iterable[ArrayLike], *, progress: Callable[[Iterable], Iterable] = iter
 ) -> float:
     """The perplexity of a language model: `exp` of the mean loss of each token given those before it.
 
@@ -64,14 +66,15 @@ def perplexity(
     Raises:
       CalibrationError: there was no batch.
     """
-    losses = [np.asarray(_losses(forward(tokens), tokens)) for tokens in progress(batches)]
+    arrays = map(jnp.asarray, progress(batches))
+    losses = [np.asarray(_losses(forward(tokens), tokens)) for tokens in arrays]
     return math.exp(float(np.mean(np.concatenate(_some(losses)))))
 
 
 def divergence(
     reference: Forward,
     candidate: Forward,
-    batches: Iterable[Int[Array, "batch time"]],
+    batches: Iterable[ArrayLike],
     *,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Divergence:
@@ -85,7 +88,8 @@ def divergence(
     Raises:
       CalibrationError: there was no batch.
     """
-    rows = [np.stack(_compared(reference(tokens), candidate(tokens), tokens), 1) for tokens in progress(batches)]
+    arrays = map(jnp.asarray, progress(batches))
+    rows = [np.stack(_compared(reference(tokens), candidate(tokens), tokens), 1) for tokens in arrays]
     kl, agreement, loss, reference_loss = np.concatenate(_some(rows)).T
     return Divergence(
         kl=float(np.mean(kl)),

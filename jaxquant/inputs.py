@@ -9,11 +9,12 @@ Their arrays are parts of the bundle like its scales (`trace.views`), so they fo
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int8
+from jaxtyping import Array, Float
 
 from jaxquant.trace.views import expand
 
@@ -29,7 +30,7 @@ class Rescale:
       factor: float32, full along the stack and the inputs, 1 along the outputs.
     """
 
-    factor: Float[Array, "..."]
+    factor: Any  # as in QTensor, a tree may hold shapes or shardings in the place of arrays
 
     def apply(self, x: Float[Array, "B M K"]) -> Float[Array, "B M K"]:
         """Scales tokens; `factor` is `[1 or B, K, 1]`."""
@@ -61,8 +62,8 @@ class Rotation:
       seams: False; it divides `signs` into the blocks.
     """
 
-    signs: Int8[Array, "..."]
-    seams: Bool[Array, "..."]
+    signs: Any
+    seams: Any
 
     def apply(self, x: Float[Array, "B M K"]) -> Float[Array, "B M K"]:
         """Rotates tokens; `signs` is `[1 or B, K, 1]`."""

@@ -58,7 +58,7 @@ def largest(stats: Stats) -> Float[Array, ""]:
     return jnp.max(stats.absmax)
 
 
-def percentile(percent: float) -> Bound:
+def percentile(percent: float | int) -> Bound:
     """The size that a share of all inputs stays below, found to a quarter of an octave.
 
     Raises:

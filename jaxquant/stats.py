@@ -8,6 +8,7 @@ Statistics are a monoid, so calibration is a fold and data-parallel calibration 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,12 @@ class Stats:
       transformed: static; whether a QTensor's transform was done to the inputs before they were observed.
     """
 
-    count: Float[Array, "*stack"]
-    absmax: Float[Array, "*stack in"]
-    abssum: Float[Array, "*stack in"]
-    above: Float[Array, "*stack 128"]
-    gram: Float[Array, "*stack in in"] | None
+    # Any, because a tree may also hold shapes or shardings in the place of arrays.
+    count: Any
+    absmax: Any
+    abssum: Any
+    above: Any
+    gram: Any
     stack: tuple[int, ...] = ()
     inputs: tuple[int, ...] = (0,)
     transformed: bool = False

@@ -90,7 +90,7 @@ def factored(hessian: Float[Array, "in in"], damping: float) -> Float[Array, "in
     dead = diagonal <= 0
     # A dead input has zeros in its row and column: with 1 on the diagonal it is on its own.
     alive = hessian + jnp.diag(dead.astype(jnp.float32))
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1)
+    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead, dtype=jnp.float32), 1)
     unit = jnp.eye(hessian.shape[0], dtype=jnp.float32)
 
     def attempt(share: Array) -> Array:

@@ -52,7 +52,7 @@ class hqq:
         def turn(i: Array, grid: Grid) -> Grid:
             steps = encode(w32, *grid, self.format) - expand(grid[1], w.shape)
             residual = w32 - steps * expand(grid[0], w.shape)
-            target = w32 - unit * _shrink(residual / unit, 2.0 * 1.05**i, self.p)
+            target = w32 - unit * _shrink(residual / unit, 2.0 * 1.05 ** i.astype(jnp.float32), self.p)
             return refit(target, self.format, grid, importance)
 
         scale, zero = jax.lax.fori_loop(0, self.rounds, turn, grid)

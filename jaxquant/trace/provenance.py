@@ -115,7 +115,8 @@ class Origin:
     @property
     def away(self) -> tuple[int, ...]:
         """The axes of the parameter that loops and indices took away."""
-        return (*(axis for _, axis in (*self.looped, *self.taken)), *(() if self.indexed is None else (self.indexed,)))
+        by_loop, by_index = (axis for _, axis in self.looped), (axis for axis, _ in self.taken)
+        return (*by_loop, *by_index, *(() if self.indexed is None else (self.indexed,)))
 
     def _fine(self) -> list[int]:
         """The order of the view's factors in the parameter."""
