@@ -95,6 +95,23 @@ with jax.set_mesh(explicit):
     out = jax.jit(jq.quantized(lambda w, x: x @ w))(columns, jax.device_put(x, P("data")))
     facts["explicit"] = relative(out, jax.jit(jq.quantized(lambda w, x: x @ w))(q, x))
 
+# Statistics of a batch that is spread over the devices: of whole numbers, so that no order of a sum matters.
+numbers = np.random.default_rng(1).integers(-3, 4, (64, 16)).astype(np.float32)
+layers = {"w": np.random.default_rng(2).integers(-1, 2, (3, 16, 16)).astype(np.float32)}
+
+def deep(params, x):
+    return jax.lax.scan(lambda x, w: (jnp.clip(x @ w, -3, 3), None), x, params["w"])[0]
+
+rows = NamedSharding(mesh, P("data"))
+alone = jq.calibrate(deep, layers, [numbers, 2 * numbers])
+spread = jq.calibrate(deep, layers, [jax.device_put(numbers, rows), jax.device_put(2 * numbers, rows)])
+columns = {"w": jax.device_put(layers["w"], NamedSharding(mesh, P(None, None, "model")))}
+both = jq.calibrate(deep, columns, [jax.device_put(numbers, rows), 2 * numbers])
+facts["counts"] = np.asarray(alone["w"].count).tolist()
+for key, stats in (("data", spread), ("data-and-model", both)):
+    pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(stats), strict=True)
+    facts[f"stats-{key}"] = all(np.array_equal(*pair) for pair in pairs)
+
 print(json.dumps(facts))
 """
 
@@ -141,3 +158,10 @@ def test_a_row_parallel_layer_reduces_integers(facts):
 def test_a_column_parallel_layer_on_a_mesh_of_explicit_axes(facts):
     """Law: as on any mesh; `jax.make_mesh` makes this kind unless asked."""
     assert facts["explicit"] < 1e-6
+
+
+@pytest.mark.parametrize("split", ["data", "data-and-model"])
+def test_data_parallel_calibration(split, facts):
+    """Law: the statistics of a batch spread over devices are those of one device, bit for bit where sums are exact."""
+    assert facts["counts"] == [128.0] * 3
+    assert facts[f"stats-{split}"]

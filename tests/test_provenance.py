@@ -73,7 +73,7 @@ def split(data, view, origin):
 
 
 def broadcast(data, view, origin):
-    rank = data.draw(st.integers(view.ndim, 5))
+    rank = view.ndim + data.draw(st.integers(0, 2))
     dimensions = sorted(data.draw(st.permutations(range(rank)))[: view.ndim])
     new, placed = [data.draw(st.integers(1, 2)) for _ in range(rank)], [1] * rank
     for n, dimension in zip(view.shape, dimensions, strict=True):
@@ -116,7 +116,7 @@ def test_the_factors_say_where_a_view_lies(shape, moves, data):
     """Law: the shape, every distance in memory, what was taken away; the start, where fixed indices alone moved it."""
     view, origin = np.arange(math.prod(shape)).reshape(shape), Origin.of(tuple(shape))
     for move in moves:
-        if view.ndim > 0 and view.size <= 2000:
+        if 0 < view.ndim < 8 and view.size <= 2000:
             moved, lies = move(data, view, origin)
             view, origin = (view, origin) if lies is None else (moved, lies)
         assert origin.view == view.shape
@@ -142,3 +142,12 @@ def test_a_view_of_everything_can_be_undone(shape, moves, data):
         offsets = sum(along * step for along, step in zip(np.indices(left(origin)), steps, strict=True))
         assert np.array_equal(parameter, view.flat[0] + offsets)
         assert np.array_equal(origin.show(parameter), view)
+
+
+def test_parts_of_a_split_axis():
+    """Law, for every part of every split of an axis: rare among random chains, as most of them cut whole axes."""
+    for outer, inner in ((4, 2), (3, 4), (2, 6)):
+        view = np.arange(outer * inner).reshape(outer, inner)
+        for rows, columns in itertools.product(range(1, outer + 1), range(1, inner + 1)):
+            origin = Origin.of((outer * inner,)).reshape((outer, inner)).cut((0, None), (rows, columns))
+            assert origin is None or np.array_equal(view[:rows, :columns], predicted(origin))
