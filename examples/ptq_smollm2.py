@@ -16,6 +16,7 @@ import functools
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,8 +239,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
     settings = SMOKE if options.smoke else SETTINGS
     if options.only:
         settings = {name: settings[name] for name in settings if name == options.only}
-    store = options.out / "ptq_smollm2.json"
-    results = json.loads(store.read_text()) if store.exists() and not options.smoke else {}
+    out = options.out or (Path(tempfile.mkdtemp()) if options.smoke else DOCS)
+    out.mkdir(parents=True, exist_ok=True)
+    store = out / "ptq_smollm2.json"
+    results = json.loads(store.read_text()) if store.exists() else {}
     sizes = (2, 64, 1) if options.smoke else (options.windows, texts.WINDOW, texts.HELD_OUT)
     missing = [
         (setting, method)
@@ -252,12 +255,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
         for setting, method in missing:
             console.print(f"{setting}: {method.name}", style="dim")
             results.setdefault(setting, {})[method.name] = measure(bench, method)
-            options.out.mkdir(parents=True, exist_ok=True)
             store.write_text(json.dumps(results, indent=1))
     show(results, console)
     about = f"{sizes[0]} windows of {sizes[1]} tokens, jax {jax.__version__}, {platform.machine()}"
-    (options.out / "ptq_smollm2.md").write_text(markdown(results, about))
-    plot(results, options.out / "ptq_smollm2.png")
+    (out / "ptq_smollm2.md").write_text(markdown(results, about))
+    plot(results, out / "ptq_smollm2.png")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -265,7 +267,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(SETTINGS), help="one setting")
     parser.add_argument("--windows", type=int, default=32, help="windows to calibrate on (default: 32)")
-    parser.add_argument("--out", type=Path, default=DOCS, help="where results are kept (default: docs)")
+    parser.add_argument("--out", type=Path, help="where results are kept (default: docs; of --smoke, nowhere)")
     parser.add_argument("--smoke", action="store_true", help="two cells on a few tokens, to see that it runs")
     return parser.parse_args(arguments)
 

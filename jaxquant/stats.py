@@ -68,6 +68,7 @@ class Stats:
         return dataclasses.replace(total, absmax=jnp.max(self.absmax, axis=tuple(range(axes))))
 
 
+@functools.partial(jax.jit, static_argnames="gram")
 def observe(x: Float[Array, "*stack tokens in"], gram: bool = True) -> Stats:
     """The statistics of a batch of tokens, in float32 whatever their dtype."""
     x = x.astype(jnp.float32)

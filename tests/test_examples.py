@@ -12,15 +12,23 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_the_readmes_code():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    model = nn.Sequential([nn.Embed(16, 8), nn.Dense(16)])
-    tokens = jnp.zeros((2, 4), jnp.int32)
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_code_of_the_pages():
+    """The blocks of the README in order, and that of the algorithms, on a small model."""
+    model = nn.Sequential([nn.Embed(16, 64), nn.Dense(16)])
+    tokens = jax.random.randint(jax.random.key(1), (2, 4), 0, 16)
     params = model.init(jax.random.key(0), tokens)
-    names = {"model": model, "params": params, "tokens": tokens}
-    exec(code, names)
+    names = {"model": model, "params": params, "tokens": tokens, "batches": [tokens], "batch": tokens}
+    first, *others = blocks("README.md")
+    exec(first, names)
     assert names["logits"].shape == (2, 4, 16)
     assert jnp.abs(names["logits"] - model.apply(params, tokens)).max() < 0.1
+    for code in (*others, *blocks("docs/algorithms.md")):
+        exec(code, names)
+        assert "int4 g64 affine rotated" in names["qparams"]["params"]["layers_1"]["kernel"].description
 
 
 def test_quickstart():

@@ -483,10 +483,11 @@ def test_the_output_error_is_that_of_the_output(i):
 
 
 @pytest.mark.parametrize("size", [-40, -8, 0, 8, 40])
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.96875, 1.0])
-def test_a_quantile_is_at_most_a_quarter_of_an_octave_too_large(share, size):
+def test_a_quantile_is_at_most_a_quarter_of_an_octave_too_large(size):
     """Law: v <= quantile < 2^(1/4) v, v that of NumPy, for sizes from 2^-16 to 2^16; beyond, v <= quantile <= max."""
     x = data()[0][PLAIN] * np.float32(2.0**size)
-    found, v = float(quantile(observe(jnp.asarray(x)), share)), np.quantile(np.abs(x), share, method="inverted_cdf")
-    assert v <= found <= np.abs(x).max()
-    assert abs(size) > 8 or found <= v * 2**0.25 * (1 + EPS)
+    stats = observe(jnp.asarray(x))
+    for share in (0.25, 0.5, 0.75, 0.96875, 1.0):
+        found, v = float(quantile(stats, share)), np.quantile(np.abs(x), share, method="inverted_cdf")
+        assert v <= found <= np.abs(x).max(), share
+        assert abs(size) > 8 or found <= v * 2**0.25 * (1 + EPS), share

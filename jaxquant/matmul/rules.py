@@ -54,10 +54,10 @@ def rules(activations: Format | None, outliers: int, record: Callable[[Meeting],
     check_activations(activations, outliers)
     hear = (lambda meeting: record(meeting())) if record else (lambda meeting: None)
     operations = {
-        "dot_general": lambda inputs, params, result: _dot(inputs, params, result, (activations, outliers), hear),
-        "conv_general_dilated": lambda inputs, params, result: _conv(inputs, params, result, activations, hear),
-        "ragged_dot_general": lambda inputs, params, result: _ragged(inputs, params, result, activations, hear),
-        "gather": lambda inputs, params, _: _gather(inputs, params, hear),
+        "dot_general": lambda inputs, at: _dot(inputs, at.params, at.result, (activations, outliers), hear),
+        "conv_general_dilated": lambda inputs, at: _conv(inputs, at.params, at.result, activations, hear),
+        "ragged_dot_general": lambda inputs, at: _ragged(inputs, at.params, at.result, activations, hear),
+        "gather": lambda inputs, at: _gather(inputs, at.params, hear),
     }
 
     def decoded(param: Param, why: str) -> jax.Array:

@@ -6,6 +6,7 @@ It knows nothing of quantization, and it is the only room that looks inside an e
 from jaxquant.trace.param import Param as Param
 from jaxquant.trace.param import Plain as Plain
 from jaxquant.trace.provenance import Origin as Origin
+from jaxquant.trace.walk import Equation as Equation
 from jaxquant.trace.walk import Recorded as Recorded
 from jaxquant.trace.walk import Rules as Rules
 from jaxquant.trace.walk import argument_name as argument_name

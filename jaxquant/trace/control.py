@@ -1,45 +1,23 @@
-"""Control flow over tracked parameters: each rule is one call of JAX's own loop, branch or checkpoint.
+"""Control flow over tracked parameters: each rule is one call of JAX's own branch, checkpoint or derivative.
 
-A `Param` is a pytree, so it travels through `lax.scan` and friends as it is; the body of the new loop walks the body
-of the old one. What leaves a body is decoded, with one exception: a parameter that a loop carries along unchanged (a
-decoding loop that returns its weights) is held outside the loop, or the whole model would be decoded into the carry.
-
-What rules record inside a body comes out as ordinary results of it: stacked by a loop over stacked parameters, merged
-over the turns of any other, and all zeros in the branches not taken.
+A `Param` is a pytree, so it travels through them as it is; the body of the new equation walks the body of the old one,
+and what leaves a body is decoded. What rules record inside comes out as ordinary results, all zeros in the branches
+not taken. Loops are in a room of their own.
 """
 
-import dataclasses
 import functools
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from jaxquant.errors import UnseenError
-from jaxquant.trace import views
+from jaxquant.trace.loops import scan, while_loop
 from jaxquant.trace.param import Param
-from jaxquant.trace.records import Records, merged, nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class Walker:
-    """What a control-flow rule needs: how to walk an inner jaxpr, decode a parameter, and bind an equation as it is.
-
-    `recording` walks are never differentiated, so their rules need not keep a user's derivatives.
-    """
-
-    evaluate: Callable[[ClosedJaxpr, Sequence], tuple[list, Records]]
-    decode: Callable[[Any, str], Any]
-    bind: Callable[[JaxprEqn, Sequence], list]
-    recording: bool = False
-
-    def body(self, jaxpr: ClosedJaxpr, inputs: Sequence, why: str) -> tuple[list, Records]:
-        """Walks an inner jaxpr whose results have to be plain arrays."""
-        outs, records = self.evaluate(jaxpr, inputs)
-        return [self.decode(out, why) for out in outs], records
+from jaxquant.trace.records import Records, nothing
+from jaxquant.trace.walker import Walker
 
 
 def inline(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
@@ -67,78 +45,6 @@ def checkpoint(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, R
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     body = jax.checkpoint(lambda *args: walker.body(jaxpr, args, "remat"), policy=policy, prevent_cse=prevent_cse)
     return body(*inputs)
-
-
-def scan(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
-    """`lax.scan`: constants and stacked parameters stay parameters in the body, and so do carries that never change."""
-    jaxpr, n_consts, n_carry = eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
-    invars, outvars = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
-    held = _held(carry, invars[n_consts : n_consts + n_carry], outvars[:n_carry])
-    stacks = [_stack(x, id(eqn)) if isinstance(x, Param) else x for x in xs]
-
-    def body(moving, slices):
-        outs, records = walker.body(jaxpr, [*consts, *_merge(held, moving), *slices], "scan")
-        return _moving(held, outs[:n_carry]), (outs[n_carry:], records)
-
-    start = _moving(
-        held, [walker.decode(c, "scan carry") if h is None else c for c, h in zip(carry, held, strict=True)]
-    )
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    last, (stacked, records) = jax.lax.scan(body, start, stacks, **options)
-    unchanged = dict(zip(invars[n_consts + n_carry :], xs, strict=True))
-    ys = [unchanged.get(v, y) if _is_var(v) else y for v, y in zip(outvars[n_carry:], stacked, strict=True)]
-    return [*_merge(held, last), *ys], {key: record.leave(id(eqn)) for key, record in records.items()}
-
-
-def _stack(param: Param, loop: int) -> Param:
-    """A stacked parameter, with the slices that a loop takes of it in all its parts."""
-    value = views.fill_leading(param.value, param.value.shape)
-    return param.view(value, param.origin and param.origin.loop(loop))
-
-
-def while_loop(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
-    """`lax.while_loop` and `fori_loop`: constants stay parameters, and so do carries that never change."""
-    n_test, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    test_consts, body_consts, carry = inputs[:n_test], inputs[n_test : n_test + n_body], inputs[n_test + n_body :]
-    held = _held(carry, body.jaxpr.invars[n_body:], body.jaxpr.outvars)
-
-    def proceed(moving):
-        return walker.body(test, [*test_consts, *_merge(held, moving[0])], "while")[0][0]
-
-    def turn(moving):
-        outs, records = walker.body(body, [*body_consts, *_merge(held, moving)], "while")
-        return _moving(held, outs), records
-
-    def step(moving):
-        outs, records = turn(moving[0])
-        return outs, merged(moving[1], records)
-
-    start = [walker.decode(c, "while carry") if h is None else c for c, h in zip(carry, held, strict=True)]
-    start = _moving(held, start)
-    last, records = jax.lax.while_loop(proceed, step, (start, nothing(jax.eval_shape(turn, start)[1])))
-    return _merge(held, last), records
-
-
-def _is_var(atom) -> bool:
-    return not hasattr(atom, "val")
-
-
-def _held(carry: Sequence, invars: Sequence, outvars: Sequence) -> list:
-    """The parameters a loop carries along unchanged, None in the other places."""
-    return [
-        c if isinstance(c, Param) and out is var else None for c, var, out in zip(carry, invars, outvars, strict=True)
-    ]
-
-
-def _moving(held: Sequence, values: Sequence) -> list:
-    """What the loop has to carry: None, an empty pytree, stands where a parameter is held outside."""
-    return [value if h is None else None for h, value in zip(held, values, strict=True)]
-
-
-def _merge(held: Sequence, moving: Sequence) -> list:
-    return [m if h is None else h for h, m in zip(held, moving, strict=True)]
 
 
 def cond(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records] | None:

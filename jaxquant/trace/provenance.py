@@ -95,7 +95,7 @@ class Origin:
         whole = self.whole(axis)
         if whole is None or self.indexed is not None:
             return None
-        new = [_factor(NO_AXIS, 1, n) for n in shape]
+        new = [_factor(NO_AXIS, math.prod(shape[i + 1 :]), n) for i, n in enumerate(shape)]
         return self._with([*self.axes[:axis], *new, *self.axes[axis + 1 :]], indexed=whole)
 
     def restore(self, view: Array) -> Array | None:
@@ -128,8 +128,8 @@ class Origin:
             return self
         whole = self.whole(axis)
         if size != 1 or whole is None:
-            kept = (Factor(self.axes[axis][0].axis, 1, size),) if len(self.axes[axis]) == 1 and size > 1 else None
-            return None if kept is None else self._replaced(axis, kept)
+            factors = self.axes[axis]
+            return self._replaced(axis, (factors[0]._replace(size=size),)) if len(factors) == 1 and size > 1 else None
         if start is not None:
             return self._replaced(axis, (), taken=(*self.taken, (whole, start)))
         return None if self.indexed is not None else self._replaced(axis, (), indexed=whole)

@@ -3,11 +3,34 @@
 A record is a monoid in the shape of a pytree, so that it can be carried, stacked and switched like any result.
 """
 
+import dataclasses
 from collections.abc import Hashable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in the program an equation is; the same each time a body is traced, so that records are keyed by it.
+
+    Args:
+      address: the numbers of the equations that lead to it, and which body of them.
+      body: the part of the address that leads to the body of the innermost loop or branch around it.
+    """
+
+    address: tuple[Hashable, ...] = ()
+    body: tuple[Hashable, ...] = ()
+
+    def equation(self, number: int) -> "Place":
+        """An equation here."""
+        return Place((*self.address, number), self.body)
+
+    def inside(self, body: Hashable) -> "Place":
+        """A body of the equation here."""
+        address = (*self.address, body)
+        return Place(address, address)
 
 
 @runtime_checkable

@@ -11,19 +11,29 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
-from jaxquant.trace.control import CONTROL, Walker
+from jaxquant.trace.control import CONTROL
 from jaxquant.trace.movement import moved, result_of
 from jaxquant.trace.param import Param
-from jaxquant.trace.records import Records, merged
+from jaxquant.trace.records import Place, Records, merged
+from jaxquant.trace.walker import Walker
 
-Rule = Callable[[Sequence, Mapping[str, Any], Any], Any]
+
+class Equation(NamedTuple):
+    """What a rule is told of the operation: its parameters, the shape and dtype of its result, and where it is."""
+
+    params: Mapping[str, Any]
+    result: jax.ShapeDtypeStruct
+    place: Place
+
+
+Rule = Callable[[Sequence, Equation], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +43,8 @@ class Rules:
     Args:
       is_param: tells a parameter (a pytree that stands for one array) among the leaves of the arguments.
       decode: `(param, operation name) -> array`: the float array an operation without a rule gets.
-      operations: by primitive name, `(inputs, equation parameters, result) -> array`, with `Param`s among the inputs
-        and `result` the shape and dtype that must come out; None to decline, and the inputs are decoded; `Recorded` to
-        remember something and leave the operation to the walker.
+      operations: by primitive name, `(inputs, equation) -> array`, with `Param`s among the inputs; None to decline,
+        and the inputs are decoded; `Recorded` to remember something and leave the operation to the walker.
       untouched: hears the primitive's name and the inputs' shapes of every equation that meets no parameter.
       recording: whether operations answer with `Recorded`; such a walk is not differentiated.
     """
@@ -139,7 +148,7 @@ def walk(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules) -> list:
 def record(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules) -> tuple[list, Records]:
     """Evaluates a jaxpr, and hands out what its operations recorded, merged by key, with the results."""
     walker = Walker(
-        evaluate=lambda inner, args: _evaluate(inner, args, rules, walker),
+        evaluate_at=lambda place, inner, args: _evaluate(inner, args, rules, dataclasses.replace(walker, place=place)),
         decode=lambda value, why: rules.decode(value, why) if isinstance(value, Param) else value,
         bind=_bind_one,
         recording=rules.recording,
@@ -155,11 +164,12 @@ def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker
 
     untouched: list[JaxprEqn] = []
     records: Records = {}
-    for eqn in jaxpr.jaxpr.eqns:
+    for number, eqn in enumerate(jaxpr.jaxpr.eqns):
         if any(isinstance(env.get(atom), Param) for atom in eqn.invars if not isinstance(atom, Literal)):
             env.update(_bind(untouched, env))
             untouched = []
-            outs, more = _meet(eqn, [_read(env, atom) for atom in eqn.invars], rules, walker)
+            here = dataclasses.replace(walker, place=walker.place.equation(number))
+            outs, more = _meet(eqn, [_read(env, atom) for atom in eqn.invars], rules, here)
             env.update(zip(eqn.outvars, outs, strict=True))
             records = merged(records, more)
         else:
@@ -178,7 +188,7 @@ def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> tupl
         if name in CONTROL:
             outs, records = CONTROL[name](eqn, inputs, walker) or (None, {})
         elif name in rules.operations:
-            answer = rules.operations[name](inputs, eqn.params, result_of(eqn))
+            answer = rules.operations[name](inputs, Equation(eqn.params, result_of(eqn), walker.place))
             if isinstance(answer, Recorded):
                 return _bind_one(eqn, answer.inputs or [walker.decode(x, name) for x in inputs]), answer.records
             outs = None if answer is None else [answer]

@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxquant.errors import CalibrationError, NonFiniteError
+from jaxquant.errors import CalibrationError, NonFiniteError, StatsError, UnseenError
 from jaxquant.params import is_matrix
 from jaxquant.stats import Stats, observe
 from jaxquant.transforms.meetings import watch
@@ -57,22 +56,23 @@ def calibrate(
     """
     watched, look = watch(params, where), functools.partial(observe, gram=gram)
     steps: dict[Hashable, Callable] = {}
-    total, sights, count = None, (), 0
+    totals: dict[tuple[Sight, ...], list[Seen]] = {}  # batches may take different ways through the function
+    count = 0
     for batch in _arriving(progress(batches)):
         args = batch if isinstance(batch, tuple) else (batch,)
         try:
             if (kind := _kind(args)) not in steps:
                 steps[kind] = _step(fn, watched, args, look)
-            seen = steps[kind](total, args)
-        except (TypeError, ValueError) as error:
+            seen = steps[kind](totals, args)
+        except Exception as error:  # whatever the function's framework raises
             if type(error).__module__.startswith("jaxquant"):
                 raise
-            raise CalibrationError(f"batch {count} does not fit the function: {error}") from error
+            raise CalibrationError(f"batch {count} does not fit the function: {error!r}") from error
         _check_finite(seen, count)
-        total, sights, count = seen.records, seen.sights, count + 1
-    if total is None:
+        totals[seen.sights], count = seen.records, count + 1
+    if not count:
         raise CalibrationError("there was no batch: give an iterable of the inputs that the function takes.")
-    return _by_path(total, sights)
+    return _by_path(totals)
 
 
 def _arriving(batches: Iterable) -> Iterable:
@@ -92,7 +92,7 @@ def _arriving(batches: Iterable) -> Iterable:
 def _kind(args: Sequence) -> Hashable:
     """What a compiled step depends on: the shapes of a batch, and its values where they are no arrays."""
     leaves, treedef = jax.tree.flatten(args)
-    return treedef, tuple((x.shape, jnp.dtype(x.dtype), _is_shape(x)) if hasattr(x, "shape") else x for x in leaves)
+    return treedef, tuple((x.shape, x.dtype, _is_shape(x)) if hasattr(x, "shape") else x for x in leaves)
 
 
 def _is_shape(leaf: Any) -> bool:
@@ -100,7 +100,7 @@ def _is_shape(leaf: Any) -> bool:
 
 
 def _step(fn: Callable, watched: PyTree, args: Sequence, look: Look) -> Callable:
-    """`(total, args) -> Observations`, whose records are added to the total (None at first)."""
+    """`(totals, args) -> Observations`, whose records are added to the total of their kind, if there is one."""
     inputs, run = observed(fn, watched, args, look)
     n_args = sum(hasattr(leaf, "shape") for leaf in jax.tree.leaves(args))
     held = inputs[: len(inputs) - n_args]
@@ -112,10 +112,9 @@ def _step(fn: Callable, watched: PyTree, args: Sequence, look: Look) -> Callable
         both = [old.merge(new) for old, new in zip(total, seen.records, strict=True)]
         return Observations(both, seen.sights)
 
-    def step(total: list[Seen] | None, args: Sequence) -> Observations:
+    def step(totals: Mapping[tuple[Sight, ...], list[Seen]], args: Sequence) -> Observations:
         zeros = lambda part: jnp.zeros(part.shape, part.dtype)  # noqa: E731
-        total = jax.tree.map(zeros, nothing.records) if total is None else total
-        assert total is not None
+        total = totals.get(nothing.sights) or jax.tree.map(zeros, nothing.records)
         batch = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "shape")]
         return Observations(total, nothing.sights) if any(map(_is_shape, batch)) else add(total, held, batch)
 
@@ -123,23 +122,41 @@ def _step(fn: Callable, watched: PyTree, args: Sequence, look: Look) -> Callable
 
 
 def _check_finite(seen: Observations, batch: int) -> None:
-    finite = np.asarray(_all_finite([record.stats.abssum for record in seen.records]))
+    finite = [bool(one) for one in _are_finite(seen.records)]
     for sight in seen.sights:
         if not all(finite[key] for key in sight.keys):
             raise NonFiniteError(f"batch {batch} makes the inputs of {sight.path} NaN or infinite: leave it out.")
 
 
 @jax.jit
-def _all_finite(parts: list[Array]) -> Array:
-    return jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts])
+def _are_finite(records: list[Seen]) -> list[Array]:
+    """Whether each record is finite; squares overflow before sums of sizes do."""
+    parts = [[part for part in (seen.stats.abssum, seen.stats.gram) if part is not None] for seen in records]
+    return [functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(part)) for part in some]) for some in parts]
 
 
-def _by_path(records: list[Seen], sights: Sequence[Sight]) -> dict[str, Stats]:
+def _by_path(totals: Mapping[tuple[Sight, ...], list[Seen]]) -> dict[str, Stats]:
     """The statistics of each parameter, put together from where it was met."""
     pieces: dict[str, dict] = {}
-    for sight in sights:
-        stats = functools.reduce(Stats.merge, [records[key].stats for key in sight.keys])
-        pieces.setdefault(sight.path, {})[sight.taken] = stats
-    shapes = {sight.path: sight.shape for sight in sights}
-    whole = {path: spread_taken(found, shapes[path]) for path, found in pieces.items()}
-    return {path: dataclasses.replace(stats, stack=(*axes, *stats.stack)) for path, (axes, stats) in whole.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for sights, records in totals.items():
+        for path, shape, taken, keys in sights:
+            shapes[path], of_path = shape, pieces.setdefault(path, {})
+            found = [of_path[taken]] if taken in of_path else []
+            of_path[taken] = _merged(path, [*found, *(records[key].stats for key in keys)])
+    return {path: _whole(path, found, shapes[path]) for path, found in pieces.items()}
+
+
+def _merged(path: str, found: list[Stats]) -> Stats:
+    try:
+        return functools.reduce(Stats.merge, found)
+    except StatsError as error:
+        raise StatsError(f"{path}: {error}") from None
+
+
+def _whole(path: str, pieces: Mapping, shape: tuple[int, ...]) -> Stats:
+    try:
+        axes, stats = spread_taken(pieces, shape)
+    except UnseenError as error:
+        raise UnseenError(f"{path}: {error}") from None
+    return dataclasses.replace(stats, stack=(*axes, *stats.stack))

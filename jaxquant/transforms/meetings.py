@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from jaxquant import matmul, trace
 from jaxquant.errors import NoMatchError, UnseenError
 from jaxquant.qtensor import decode, is_qtensor
-from jaxquant.trace import Param, Plain, Recorded
+from jaxquant.trace import Equation, Param, Plain, Recorded
 from jaxquant.transforms.observe import record, record_experts
 
 
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 class Meet(Protocol):
     """What to do when activations meet a weight."""
 
-    def __call__(self, param: Param, tokens: Tokens, inputs: Sequence, params: Mapping, view: Callable) -> Recorded:
+    def __call__(self, param: Param, tokens: Tokens, inputs: Sequence, at: Equation, view: Callable) -> Recorded:
         """Records a meeting of a parameter with `tokens`; `view` makes statistics of them (`observe.record`)."""
         ...
 
@@ -56,31 +56,27 @@ def watch(params: PyTree, where: Callable[[str, Array], bool]) -> PyTree:
 def rules(meet: Meet) -> trace.Rules:
     """The rules of a walk that hears of every meeting."""
 
-    def dot(inputs: Sequence, params: Mapping, result: Any) -> Recorded | None:
-        del result
+    def dot(inputs: Sequence, at: Equation) -> Recorded | None:
         first = isinstance(inputs[0], Param)
         param, x = inputs if first else inputs[::-1]
         if isinstance(x, Param):
             return None
-        return meet(param, _dot_tokens(param, x, params["dimension_numbers"], first), inputs, params, record)
+        return meet(param, _dot_tokens(param, x, at.params["dimension_numbers"], first), inputs, at, record)
 
-    def conv(inputs: Sequence, params: Mapping, result: Any) -> Recorded | None:
-        del result
+    def conv(inputs: Sequence, at: Equation) -> Recorded | None:
         x, param = inputs
-        return None if isinstance(x, Param) else meet(param, _conv_tokens(param, x, params), inputs, params, record)
+        return None if isinstance(x, Param) else meet(param, _conv_tokens(param, x, at.params), inputs, at, record)
 
-    def ragged(inputs: Sequence, params: Mapping, result: Any) -> Recorded | None:
-        del result
+    def ragged(inputs: Sequence, at: Equation) -> Recorded | None:
         x, param, sizes = inputs
-        if isinstance(x, Param) or not matmul.is_plain(params):
+        if isinstance(x, Param) or not matmul.is_plain(at.params):
             return None
         experts = functools.partial(record_experts, sizes=sizes)
-        return meet(param, Tokens(x, (), (1,), (x.shape[0],), ()), inputs, params, experts)
+        return meet(param, Tokens(x, (), (1,), (x.shape[0],), ()), inputs, at, experts)
 
-    def gather(inputs: Sequence, params: Mapping, result: Any) -> Param | None:
-        del result
+    def gather(inputs: Sequence, at: Equation) -> Param | None:
         param, indices = inputs
-        return matmul.pick_matrices(param, indices, params)
+        return matmul.pick_matrices(param, indices, at.params)
 
     operations = {"dot_general": dot, "conv_general_dilated": conv, "ragged_dot_general": ragged, "gather": gather}
     return trace.Rules(_is_followed, _decoded, operations, recording=True)

@@ -75,8 +75,10 @@ def arrange(param: Param, batch: Sequence[int], contracted: Sequence[int], rest:
     split = (*(f.size for f in of_batch), *rest, *(f.size for f in of_inputs))
     place = {factor: i for i, factor in enumerate(of_batch) if factor.axis >= 0}
     stack = sorted(place, key=lambda f: (f.axis, -f.stride))
-    others = [i for i in range(len(split) - len(of_inputs)) if i not in place.values()]
     first = len(split) - len(of_inputs)
+    others = [i for i in range(first) if i not in place.values()]
+    # The axes of an array of indices in its own order, before all others.
+    others.sort(key=lambda i: -of_batch[i].stride if i < len(of_batch) else 0)
     ranked = sorted(range(len(of_inputs)), key=lambda i: (of_inputs[i].axis, -of_inputs[i].stride))
     order = (*(place[f] for f in stack), *others, *(first + i for i in ranked))
     axes = [tuple(dict.fromkeys(f.axis for f in factors)) for factors in (stack, [of_inputs[i] for i in ranked])]

@@ -21,7 +21,7 @@ from jaxquant.params import is_matrix
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.quantizers import Quantizer, rtn
 from jaxquant.stats import observe
-from jaxquant.trace import Param, Plain, Recorded, views
+from jaxquant.trace import Equation, Param, Plain, Recorded, views
 from jaxquant.transforms.meetings import Meet, Tokens, rules, watch
 from jaxquant.transforms.observe import arrange, spread_taken
 
@@ -114,8 +114,8 @@ def _quantizing(quantizer: Quantizer, look: Callable, tell: Callable[[str], None
     """Quantizes the weight of every meeting, and evaluates it on the decoded codes."""
     done: dict[tuple, QTensor] = {}
 
-    def meet(param: Param, tokens: Tokens, inputs: Sequence, params: Mapping, view: Callable) -> Recorded:
-        del params
+    def meet(param: Param, tokens: Tokens, inputs: Sequence, at: Equation, view: Callable) -> Recorded:
+        del at
         origin = param.origin
         to = arrange(param, tokens.batch, tokens.contracted, tokens.rest)
         assert origin is not None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from jaxquant import trace
 from jaxquant.qtensor import is_qtensor
 from jaxquant.stats import Stats
-from jaxquant.trace import Param, Recorded
+from jaxquant.trace import Equation, Param, Recorded
 from jaxquant.transforms.meetings import Meet, Tokens, rules
 from jaxquant.transforms.observe import Look, Seen, arrange
 
@@ -63,17 +63,16 @@ def _watching(look: Look, sights: dict[tuple, dict[Hashable, None]]) -> Meet:
     """Looks at the tokens of every meeting of one trace, and lists in `sights` who met which record."""
     seen: dict[Hashable, tuple[Any, Hashable]] = {}
 
-    def meet(param: Param, tokens: Tokens, inputs: Sequence, params: Mapping, view: Callable) -> Recorded:
+    def meet(param: Param, tokens: Tokens, inputs: Sequence, at: Equation, view: Callable) -> Recorded:
         to, origin = arrange(param, tokens.batch, tokens.contracted, tokens.rest), param.origin
         assert origin is not None
         # Who meets an array in the same way as another before shares its record: q, k and v of an attention.
-        (source, *_) = [x for x in inputs if x is not param]
-        way = (id(source), tokens.axes, to, origin.looped, origin.indexed, id(param.index))
+        others = [param.index, param.value if is_qtensor(param.value) else None, *(x for x in inputs if x is not param)]
+        way = (at.place.body, *map(id, others), tokens.axes, to, origin.looped, origin.indexed)
+        key = (param.path, origin.taken, at.place.address)
         records: dict[Hashable, Seen] = {}
-        if is_qtensor(param.value) or way not in seen:
-            # The key is that of the equation, so that a body that is traced twice records under one.
-            key = (param.path, origin.taken, id(params))
-            seen[way] = (source, key)  # with the array, so that its id stays its own
+        if way not in seen or seen[way][1] == key:  # a body that is traced twice records twice, under one key
+            seen[way] = (others, key)  # with the arrays, so that their ids stay their own
             of_codes = is_qtensor(param.value) and (bool(param.value.transform) or param.value.kept is not None)
             records[key] = view(tokens.x, to, param, functools.partial(_looked, look, of_codes))
         sights.setdefault((param.path, origin.shape, origin.taken), {})[seen[way][1]] = None
