@@ -51,7 +51,7 @@ QUANTIZERS = {
     "gptq in order": (ORDERED, ("int4-group-affine",)),
     "gptq absmax": (lambda f: jq.gptq(f, jq.absmax), ("int4-group",)),
     "gptq refresh": (lambda f: ORDERED(f, jq.absmax, refresh=True), ("int4-group-affine",)),
-    "awq": (lambda f: AWQ(jq.rtn(f)), ("int4-group", "int3-affine")),
+    "awq": (lambda f: AWQ(jq.rtn(f)), ("int3-affine",)),
     "smoothquant": (lambda f: jq.smoothquant(jq.rtn(f)), ("int8", "int4-group-affine")),
     "rotated": (lambda f: jq.rotated(jq.rtn(f)), ("int4-group", "nf4-group")),
     "outliers": (lambda f: KEPT(jq.rtn(f)), ("int4-group-affine", "nf4-group")),

@@ -162,22 +162,32 @@ def _evaluate(jaxpr: ClosedJaxpr, inputs: Sequence, rules: Rules, walker: Walker
     consts = [jax.numpy.asarray(c) if isinstance(c, np.ndarray) else c for c in jaxpr.consts]
     env = dict(zip([*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars], [*consts, *inputs], strict=True))
 
+    # Values are dropped after their last use, or a walk over arrays would hold every activation there ever was.
+    last = _last_uses(jaxpr.jaxpr)
     untouched: list[JaxprEqn] = []
     records: Records = {}
     for number, eqn in enumerate(jaxpr.jaxpr.eqns):
         if any(isinstance(env.get(atom), Param) for atom in eqn.invars if not isinstance(atom, Literal)):
-            env.update(_bind(untouched, env))
+            env.update(_bind(untouched, env, lambda var, now=number: last.get(var, -1) >= now))
             untouched = []
             here = dataclasses.replace(walker, place=walker.place.equation(number))
             outs, more = _meet(eqn, [_read(env, atom) for atom in eqn.invars], rules, here)
             env.update(zip(eqn.outvars, outs, strict=True))
+            env = {var: value for var, value in env.items() if last.get(var, -1) > number}
             records = merged(records, more)
         else:
             untouched.append(eqn)
             _hear(eqn, rules)
     if jaxpr.jaxpr.outvars or not walker.recording:  # who only listens needs nothing after the last meeting
-        env.update(_bind(untouched, env))
+        env.update(_bind(untouched, env, lambda var: var in last))
     return [_read(env, atom) for atom in jaxpr.jaxpr.outvars], records
+
+
+def _last_uses(jaxpr: Jaxpr) -> dict[Any, int]:
+    """The number of the last equation that reads each variable; results are read after all of them."""
+    reads = [*((i, atom) for i, eqn in enumerate(jaxpr.eqns) for atom in eqn.invars)]
+    reads += [(len(jaxpr.eqns), atom) for atom in jaxpr.outvars]
+    return {atom: i for i, atom in reads if not isinstance(atom, Literal)}
 
 
 def _meet(eqn: JaxprEqn, inputs: Sequence, rules: Rules, walker: Walker) -> tuple[list, Records]:
@@ -213,15 +223,16 @@ def _read(env: Mapping, atom):
 
 def _bind_one(eqn: JaxprEqn, inputs: Sequence) -> list:
     """Evaluates one equation as it is, on other inputs than those it had."""
-    results = _bind([eqn], dict(zip(eqn.invars, inputs, strict=True)))
+    results = _bind([eqn], dict(zip(eqn.invars, inputs, strict=True)), lambda var: True)
     return [results[var] for var in eqn.outvars]
 
 
-def _bind(eqns: Sequence[JaxprEqn], env: Mapping) -> dict:
+def _bind(eqns: Sequence[JaxprEqn], env: Mapping, keep: Callable[[Any], bool]) -> dict:
     """Evaluates equations as they are, through the public evaluator, which keeps their contexts and name scopes."""
-    results = dict.fromkeys(var for eqn in eqns for var in eqn.outvars)
+    made = dict.fromkeys(var for eqn in eqns for var in eqn.outvars)
     atoms = (atom for eqn in eqns for atom in eqn.invars if not isinstance(atom, Literal))
-    needed = list(dict.fromkeys(atom for atom in atoms if atom not in results))
+    needed = list(dict.fromkeys(atom for atom in atoms if atom not in made))
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    jaxpr = Jaxpr((), needed, list(results), eqns, effects, DebugInfo("walk", "walk", None, None))
+    results = [var for var in made if keep(var)]
+    jaxpr = Jaxpr((), needed, results, eqns, effects, DebugInfo("walk", "walk", None, None))
     return dict(zip(results, eval_jaxpr(jaxpr, (), *[env[var] for var in needed]), strict=True))
