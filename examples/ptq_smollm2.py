@@ -86,7 +86,7 @@ def weight_only(format: jq.Format) -> list[Method]:
 
 def shorter(format: jq.Format) -> list[Method]:
     """Those of them that are worth their minutes at other widths."""
-    worth = ("rtn", "rtn, least squares", "gptq", "awq(gptq)", "rotated(gptq)", "rotated(gptq), sequential")
+    worth = ("rtn", "rtn, least squares", "gptq", "awq(gptq)", "rotated(gptq)")
     return [method for method in weight_only(format) if method.name in worth]
 
 
@@ -103,17 +103,16 @@ def int8_methods() -> list[Method]:
         Method("outliers(rtn)", jq.outliers(rtn), serving=token),
         Method("rotated(rtn)", jq.rotated(rtn), serving=token),
         Method("rtn, static largest", rtn, serving=token, bound=jq.largest),
-        Method("smoothquant(rtn), static least error", smooth, serving=token, bound=jq.least_error()),
         Method("rotated(rtn), static least error", jq.rotated(rtn), serving=token, bound=jq.least_error()),
     ]
 
 
 SOURCES = ("documentation", "licences", "source code", "sampled", "random tokens", "mix")
 SETTINGS: dict[str, list[Method]] = {
-    "W8A8": int8_methods(),
     "W4 g64": weight_only(W4),
     "W4 per channel": shorter(W4_CHANNEL),
     "W3 g64": shorter(W3),
+    "W8A8": int8_methods(),
     "W2 g32": shorter(W2),
     "W4 g64 gptq by source": [
         Method("rtn", jq.rtn(W4), None),

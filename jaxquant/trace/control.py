@@ -41,7 +41,7 @@ def checkpoint(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, R
     """`jax.checkpoint`: rematerialised with the policy it had."""
     jaxpr = ClosedJaxpr(eqn.params["jaxpr"], ())
     if walker.recording:
-        return walker.body(jaxpr, inputs, "remat")
+        return walker.part(jaxpr, inputs, "remat")
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     body = jax.checkpoint(lambda *args: walker.body(jaxpr, args, "remat"), policy=policy, prevent_cse=prevent_cse)
     return body(*inputs)
@@ -70,7 +70,7 @@ def _branch(jaxpr: ClosedJaxpr, walker: Walker, nothing: Records) -> Callable:
 def custom_jvp(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
     """A function with its own forward derivative: the primal is walked, the derivative is the user's, in floats."""
     if walker.recording:
-        return walker.body(eqn.params["call_jaxpr"], inputs, eqn.primitive.name)
+        return walker.part(eqn.params["call_jaxpr"], inputs, eqn.primitive.name)
     arrays, call, plain = _custom(eqn, inputs, walker)
     walked = jax.custom_jvp(call)
     walked.defjvp(lambda primals, tangents: (call(*primals), jax.jvp(plain, primals, tangents)[1]))
@@ -80,7 +80,7 @@ def custom_jvp(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, R
 def custom_vjp(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
     """A function with its own backward derivative, treated as `custom_jvp` treats a forward one."""
     if walker.recording:
-        return walker.body(eqn.params["call_jaxpr"], inputs, eqn.primitive.name)
+        return walker.part(eqn.params["call_jaxpr"], inputs, eqn.primitive.name)
     arrays, call, plain = _custom(eqn, inputs, walker)
     walked = jax.custom_vjp(call)
     walked.defvjp(

@@ -18,19 +18,21 @@ class Place:
     Args:
       address: the numbers of the equations that lead to it, and which body of them.
       body: the part of the address that leads to the body of the innermost loop or branch around it.
+      depth: how many such bodies are around it.
     """
 
     address: tuple[Hashable, ...] = ()
     body: tuple[Hashable, ...] = ()
+    depth: int = 0
 
     def equation(self, number: int) -> "Place":
         """An equation here."""
-        return Place((*self.address, number), self.body)
+        return Place((*self.address, number), self.body, self.depth)
 
     def inside(self, body: Hashable) -> "Place":
         """A body of the equation here."""
         address = (*self.address, body)
-        return Place(address, address)
+        return Place(address, address, self.depth + 1)
 
 
 @runtime_checkable

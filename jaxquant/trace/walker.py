@@ -26,7 +26,12 @@ class Walker:
         """Walks an inner jaxpr that is part of the outer one."""
         return self.evaluate_at(self.place, jaxpr, inputs)
 
+    def part(self, jaxpr: ClosedJaxpr, inputs: Sequence, why: str) -> tuple[list, Records]:
+        """Walks an inner jaxpr that is run once where it stands, and whose results have to be plain arrays."""
+        outs, records = self.evaluate(jaxpr, inputs)
+        return [self.decode(out, why) for out in outs], records
+
     def body(self, jaxpr: ClosedJaxpr, inputs: Sequence, why: str) -> tuple[list, Records]:
         """Walks the body of a loop or a branch, whose results have to be plain arrays."""
-        outs, records = self.evaluate_at(self.place.inside(id(jaxpr)), jaxpr, inputs)
-        return [self.decode(out, why) for out in outs], records
+        inside = dataclasses.replace(self, place=self.place.inside(id(jaxpr)))
+        return inside.part(jaxpr, inputs, why)

@@ -1,1 +1,1 @@
-"""What is done to a function: `quantized` and `explain`, the same walk with different ears."""
+"""What is done to a function: `quantized`, `explain`, `calibrate`, `quantize_sequentially`; one walk, other rules."""

@@ -1,4 +1,4 @@
-"""The rules of a walk that watches: which tokens meet which parameter, and along which of its axes.
+"""Tokens and the parameters they meet: which axes of a parameter a matmul contracts, and statistics along those.
 
 Every matmul is brought to tokens `[*stack, T, in]` in the axes of the parameter itself, however it was sliced, looped
 over, transposed or reshaped on the way. Parameters fed by the same array share one record.

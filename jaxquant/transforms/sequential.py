@@ -5,12 +5,11 @@ for each matmul, in the order of the program:   stats = observe(x),   q = quanti
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxquant import trace
@@ -23,7 +22,7 @@ from jaxquant.quantizers import Quantizer, rtn
 from jaxquant.stats import observe
 from jaxquant.trace import Equation, Param, Plain, Recorded, views
 from jaxquant.transforms.meetings import Meet, Tokens, rules, watch
-from jaxquant.transforms.observe import arrange, spread_taken
+from jaxquant.transforms.observe import Arrangement, Seen, arrange, spread_taken
 
 
 def quantize_sequentially(
@@ -112,28 +111,35 @@ def _stacked(rows: Sequence[tuple]) -> tuple:
 
 def _quantizing(quantizer: Quantizer, look: Callable, tell: Callable[[str], None]) -> Meet:
     """Quantizes the weight of every meeting, and evaluates it on the decoded codes."""
-    done: dict[tuple, QTensor] = {}
+    done: dict[Hashable, QTensor] = {}
+    latest: dict[Hashable, tuple[Any, Seen]] = {}  # the last input that was looked at: that of q is that of k and v
+
+    def seen(param: Param, tokens: Tokens, inputs: Sequence, to: Arrangement, at: Equation, view: Callable) -> Seen:
+        others = [x for x in inputs if x is not param]
+        way = (at.place.body, *map(id, others), tokens.axes, to)
+        if way not in latest:
+            latest.clear()
+            latest[way] = (others, view(tokens.x, to, param, look))
+        return latest[way][1]
 
     def meet(param: Param, tokens: Tokens, inputs: Sequence, at: Equation, view: Callable) -> Recorded:
-        del at
         origin = param.origin
         to = arrange(param, tokens.batch, tokens.contracted, tokens.rest)
         assert origin is not None
-        key = (param.path, origin.taken)
         w = origin.restore(param.value.array)
-        alone = isinstance(tokens.x, Tracer) and not origin.looped
-        if w is None or origin.indexed is not None or alone:
+        if w is None or origin.indexed is not None or len(origin.looped) != at.place.depth:
             raise UnseenError(f"{param.path} does not meet all of its inputs at once: use calibrate, or `where`.")
         left = [axis for axis in range(len(origin.shape)) if axis not in origin.away]
-        if key not in done:
+        here = (param.path, origin.taken, at.place.body)
+        if here not in done:
             tell(param.path)
-            seen = view(tokens.x, to, param, look)
-            stack, contracted = ([left.index(axis) for axis in axes] for axes in (seen.stats.stack, seen.stats.inputs))
+            stats = seen(param, tokens, inputs, to, at, view).stats
+            stack, contracted = ([left.index(axis) for axis in axes] for axes in (stats.stack, stats.inputs))
             axes = Matrices.of(len(left), stack, contracted)
-            done[key] = write(w, seen.stats, quantizer=quantizer, axes=axes)
-        q = done[key]
-        shown = origin.show(decode(q)).astype(param.value.dtype)
-        return Recorded({key: Written(q, tuple(left), origin.looped)}, [shown if x is param else x for x in inputs])
+            done[here] = write(w, stats, quantizer=quantizer, axes=axes)
+        shown = origin.show(decode(done[here])).astype(param.value.dtype)
+        written = Written(done[here], tuple(left), origin.looped)
+        return Recorded({(param.path, origin.taken): written}, [shown if x is param else x for x in inputs])
 
     return meet
 
