@@ -100,13 +100,7 @@ def _contracted(shape: tuple[int, ...], format: Format, axis: Axes) -> tuple[int
             f"axis={axis} is out of range for shape {shape}: name the contracted axes, or use a scale for the whole "
             "array with format(per_channel=False)."
         )
-    axes = tuple(sorted({a % rank for a in axes}))
-    if format.group and axes and shape[axes[-1]] % format.group:
-        raise ShapeError(
-            f"group={format.group} does not divide the {shape[axes[-1]]} inputs of shape {shape} (axis {axes[-1]}); "
-            f"groups that do: {group_sizes(shape[axes[-1]])}."
-        )
-    return axes
+    return tuple(sorted({a % rank for a in axes}))
 
 
 def group_sizes(n: int) -> list[int]:
@@ -136,7 +130,7 @@ def fit(
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The scale and zero point of each group's range, in float32; zero is 0 for a symmetric format."""
     # Extremes are exact in any dtype, and a float32 copy of the whole array here would be kept for the quotient too.
-    members, over = _grouped(w, format, axes)
+    members, over = _grouped(w, format, axes if format.per_channel else tuple(range(w.ndim)))
     low, high = (
         jnp.min(members, over, initial=0.0, keepdims=True),
         jnp.max(members, over, initial=0.0, keepdims=True),
@@ -161,6 +155,11 @@ def _grouped(w: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, tu
     if not (format.group and axes):
         return w, axes
     last, group = axes[-1], format.group
+    if w.shape[last] % group:
+        raise ShapeError(
+            f"group={group} does not divide the {w.shape[last]} inputs of shape {w.shape} (axis {last}); "
+            f"groups that do: {group_sizes(w.shape[last])}."
+        )
     return w.reshape(*w.shape[:last], w.shape[last] // group, group, *w.shape[last + 1 :]), (last + 1,)
 
 
@@ -187,7 +186,7 @@ def encode(
 
 
 def value(
-    codes: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], format: Format
+    codes: Shaped[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."], format: Format
 ) -> Float[Array, "..."]:
     """What codes given as float32 numbers decode to: `decode` without the containers."""
     scale, zero = expand(scale, codes.shape), expand(zero, codes.shape)

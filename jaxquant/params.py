@@ -21,7 +21,7 @@ from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, O
 from jaxquant.format import Format, int8
 from jaxquant.matrices import Matrices, write
 from jaxquant.qtensor import QTensor, is_qtensor
-from jaxquant.quantizers import Quantizer, rtn
+from jaxquant.quantizers import Quantizer, as_quantizer
 from jaxquant.stats import Stats
 from jaxquant.trace import path_name
 
@@ -148,11 +148,11 @@ def _encoder(
     """How one leaf is written in codes; what is wrong with it is said before any leaf is converted or released."""
     if is_qtensor(leaf):
         raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
-    if isinstance(quantizer, Format) and stats is None:
-        encode = functools.partial(_encode, format=quantizer, where=layout(path, leaf.ndim, paths))
+    chosen = as_quantizer(quantizer)
+    if leaf.size == 0 or (isinstance(quantizer, Format) and stats is None):
+        encode = functools.partial(_encode, format=chosen.format, where=layout(path, leaf.ndim, paths))
     else:
-        quantizer = rtn(quantizer) if isinstance(quantizer, Format) else quantizer
-        encode = functools.partial(write, stats=stats, quantizer=quantizer, axes=axes_of(path, leaf, paths, stats))
+        encode = functools.partial(write, stats=stats, quantizer=chosen, axes=axes_of(path, leaf, paths, stats))
     try:
         jax.eval_shape(encode, leaf)
     except (ShapeError, StatsError, OptionError) as error:
@@ -174,7 +174,8 @@ def axes_of(path: str, leaf: Any, paths: Collection[str], stats: Stats | None) -
         return Matrices.of(leaf.ndim, stack, sorted(a % leaf.ndim for a in where.contracted) if leaf.ndim else ())
     axes = Matrices.of(leaf.ndim, stats.stack, stats.inputs)
     fits = max((*stats.stack, *stats.inputs)) < leaf.ndim
-    if not fits or stats.absmax.shape != axes.sizes(leaf.shape)[:-1]:
+    fits = fits and stats.absmax.shape == axes.sizes(leaf.shape)[:-1]
+    if not fits or (stats.gram is not None and stats.gram.shape != (*stats.absmax.shape, stats.absmax.shape[-1])):
         raise StatsError(
             f"{path} is {leaf.shape}, and its statistics are of {stats.absmax.shape} inputs: calibrate anew."
         )

@@ -135,7 +135,7 @@ def _row(path: str, w: Array, q: QTensor, stats: Stats | None, axes: Matrices, a
     known = stats if stats is not None and stats.gram is not None else None
     signal, error, output, output_error, plain = (float(x) for x in _errors(w, q, nearest, known, axes))
     best = output_error if known is not None else error
-    same = best >= plain * (1 - 1e-6)
+    same = not best < plain * (1 - 1e-6)  # also where it is no number
     notes = [reason] if reason else []
     notes += ["nearest rounding is kept"] if same and (q.transform or known is not None) else []
     return Row(

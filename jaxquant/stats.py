@@ -54,6 +54,8 @@ class Stats:
 
     def merge(self, other: "Stats") -> "Stats":
         """The statistics of what two of them saw."""
+        if (self.gram is None) != (other.gram is None) or self.transformed != other.transformed:
+            raise StatsError("statistics with and without Gram matrices or transforms do not add up: calibrate anew.")
         if (self.stack, self.inputs) != (other.stack, other.inputs):
             raise StatsError(
                 f"one parameter is contracted along its axes {self.inputs} in one place and {other.inputs} in another: "
@@ -96,21 +98,22 @@ def output_error(d: Float[Array, "in out"], stats: Stats | None) -> Float[Array,
     if stats is None or stats.gram is None:
         return jnp.sum(jnp.square(d))
     hessian = stats.gram / jnp.maximum(stats.count, 1)
-    return jnp.sum(d * jnp.matmul(hessian, d, precision="highest"))
+    seen = jnp.sum(d * jnp.matmul(hessian, d, precision="highest"))
+    return jnp.where(stats.count > 0, seen, jnp.sum(jnp.square(d)))
 
 
 def mean_square(stats: Stats | None, inputs: int) -> Float[Array, " in"]:
     """`E[x^2]` of each input, the importance of its row of the weight; 1 where there is no Gram matrix to tell."""
     if stats is None or stats.gram is None:
         return jnp.ones((inputs,), jnp.float32)
-    return jnp.diagonal(stats.gram) / jnp.maximum(stats.count, 1)
+    return jnp.where(stats.count > 0, jnp.diagonal(stats.gram) / jnp.maximum(stats.count, 1), 1.0)
 
 
 def quantile(stats: Stats, share: ArrayLike) -> Float[Array, ""]:
     """The size that a share of all inputs stays below, to a quarter of an octave and never beyond the largest."""
     total = stats.count * stats.absmax.shape[-1]
     beyond = jnp.sum(stats.above > (1 - share) * total)
-    bound = jnp.asarray((0.0, *THRESHOLDS[1:], jnp.inf), jnp.float32)
+    bound = jnp.asarray((*THRESHOLDS, jnp.inf), jnp.float32)
     return jnp.minimum(bound[beyond], jnp.max(stats.absmax))
 
 

@@ -56,6 +56,7 @@ QUANTIZERS = {
     "rotated": (lambda f: jq.rotated(jq.rtn(f)), ("int4-group", "nf4-group")),
     "outliers": (lambda f: KEPT(jq.rtn(f)), ("int4-group-affine", "nf4-group")),
     "rotated(gptq)": (lambda f: jq.rotated(jq.gptq(f)), ("int4-group",)),
+    "awq(rotated)": (lambda f: AWQ(jq.rotated(jq.rtn(f))), ("int4-group",)),
     "awq(gptq)": (lambda f: AWQ(jq.gptq(f)), ("int3-affine",)),
     "outliers(gptq)": (lambda f: KEPT(jq.gptq(f, jq.absmax)), ("int3-affine",)),
     "rotated(outliers)": (lambda f: jq.rotated(KEPT(jq.rtn(f))), ("int4-group",)),
@@ -97,10 +98,14 @@ def make(name: str, format: str) -> jq.Quantizer:
 
 
 @functools.cache
+def mapped(name: str, format: str):
+    return jax.jit(jax.vmap(make(name, format)))
+
+
+@functools.cache
 def results(name: str, format: str) -> jq.QTensor:
     """The whole stack in codes."""
-    _, ws, stats = data()
-    return jax.jit(jax.vmap(make(name, format)))(jnp.asarray(ws), stats)
+    return mapped(name, format)(*data()[1:])
 
 
 def at(tree, i: int):
@@ -155,6 +160,33 @@ def same_codes(a: jq.QTensor, b: jq.QTensor, bound: float) -> bool:
 def test_rtn_is_quantize(format):
     """Law: rtn(format) is `quantize`, matrix by matrix, granularity included."""
     assert same_codes(results("rtn", format)[0], jq.quantize(data()[1][0], FORMATS[format]), 2 * EPS)
+
+
+@pytest.mark.parametrize("format", ["int4-group-affine", "nf4-group"])
+def test_least_squares_is_the_best_range_of_each_group(format):
+    """Law: sum_k E[x_k^2] d_k^2 of every group is at most that of any share of its range in steps of 3 %."""
+    _, ws, stats = data()
+    square = np.diagonal(exact(stats.gram), axis1=1, axis2=2) / TOKENS
+    # With a diagonal H the error of the output is the sum over groups, so that nearest rounding never comes back.
+    apart = dataclasses.replace(stats, gram=jnp.asarray(square[:, :, None] * np.eye(K) * TOKENS, jnp.float32))
+
+    def of_groups(q):
+        error = square[:, :, None] * (exact(ws) - decoded(q)) ** 2
+        return error.reshape(5, -1, 16, N).sum(2)
+
+    found = of_groups(mapped("least_squares", format)(ws, apart))
+    for share in 1 - 0.03 * np.arange(24):
+        assert np.all(found <= of_groups(jq.quantize(ws, FORMATS[format], clip=share)) * (1 + 1e-5)), share
+
+
+def test_outliers_keeps_the_largest_input_of_each_block_and_quantizes_the_rest():
+    """Law: x w = x_kept w_kept + x_rest decode(inner(w_rest)), kept by max|x|, exact to float32."""
+    (_, ws, stats), q = data(), results("outliers", "int4-group-affine")
+    sizes = exact(stats.absmax).reshape(5, K // 16, 16, 1)
+    mask = (np.arange(16)[:, None] == sizes.argmax(2, keepdims=True)).reshape(5, K, 1)
+    assert np.array_equal(q.kept.mask, mask) and np.array_equal(decoded(q)[mask[..., 0]], ws[mask[..., 0]])
+    rest = jq.quantize(np.where(mask, 0, ws), FORMATS["int4-group-affine"])
+    assert same_codes(q.core, rest, 2 * EPS)
 
 
 def test_gptq_loses_on_the_weights_and_wins_on_the_output():
@@ -215,12 +247,23 @@ def test_powers_of_two_change_no_code(name, format):
     assert same_codes(scaled, dataclasses.replace(plain, scale=32 * plain.scale), bound)
 
 
-def test_smoothquant_divides_what_it_multiplies():
-    """Law: the factors are bounded, and |w - decode(q)| is half a step of s w, divided by s."""
-    q, (_, ws, _) = results("smoothquant", "int8"), data()
-    ((factor,),) = [jax.tree.leaves(step) for step in q.transform]
-    assert np.all((factor > 0.9e-4) & (factor < 1.1e4)) and len(np.unique(factor[PLAIN])) > K / 2
-    assert np.all(np.abs(exact(ws) - decoded(q)) <= exact(q.scale * factor) * (0.5 + 256 * EPS))
+def test_smoothquant_splits_the_spread_and_divides_what_it_multiplies():
+    """Law: max|x_k / s_k| is max|s_k w_k| but for one factor (alpha = 1/2); decode(q) is w to half a step of s w."""
+    q, (xs, ws, _) = results("smoothquant", "int8"), data()
+    factor = exact(q.transform[0].factor)
+    for i in (PLAIN, TAILS):
+        ratio = np.abs(xs[i] * factor[i].T).max(0) / np.abs(ws[i] / factor[i]).max(1)
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+    assert np.all(np.abs(exact(ws) - decoded(q)) <= exact(q.scale) * factor * (0.5 + 256 * EPS))
+
+
+@pytest.mark.parametrize("format", ["int4-group", "int3-affine"])
+def test_hqq_lowers_the_norm_it_is_about(format):
+    """Law: |w - decode(q)|_p^p, p = 0.7, is below that of nearest rounding, for weights with heavy tails too."""
+    ws, apart = data()[1], dataclasses.replace(data()[2], gram=jnp.stack([jnp.eye(K, dtype=jnp.float32)] * 5))
+    found, nearest = mapped("hqq", format)(ws, apart), jq.quantize(ws, FORMATS[format])
+    ours, plain = (np.sum(np.abs(exact(ws) - decoded(q)) ** 0.7, axis=(1, 2)) for q in (found, nearest))
+    assert np.all(ours < plain)
 
 
 def signs(tokens: int = TOKENS, width: int = K) -> np.ndarray:
@@ -286,6 +329,9 @@ def test_a_quantizer_is_a_value(name, format):
     words = re.findall(r"\w+", name.replace("least_squares", "rtn").split(" ")[0])
     found = [repr(one).find(f"{word}(") for word in words]
     assert found == sorted(found) and -1 not in found
+    # A wrapper's transform comes before those of what it wraps.
+    steps = {"rotated": inputs.Rotation, "awq": inputs.Rescale, "smoothquant": inputs.Rescale}
+    assert [type(step) for step in results(name, format).transform] == [steps[word] for word in words if word in steps]
 
 
 # Meaning.

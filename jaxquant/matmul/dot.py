@@ -167,6 +167,9 @@ def make_dot(
     contracted, batch = ((tuple(map(int, pair[0])), tuple(map(int, pair[1]))) for pair in numbers)
     if weight_first:
         contracted, batch = _swap(contracted), _swap(batch)
+    # The order of a sum does not matter, and groups and blocks only stay together in that of the weight.
+    pairs = sorted(zip(*contracted, strict=True), key=lambda pair: pair[1])
+    contracted = (tuple(x for x, _ in pairs), tuple(w for _, w in pairs))
     return Dot(contracted, batch, weight_first, *activations, precision, jnp.dtype(dtype), memory)
 
 

@@ -8,5 +8,6 @@ from jaxquant.quantizers.quantizer import Quantizer as Quantizer
 from jaxquant.quantizers.ranges import absmax as absmax
 from jaxquant.quantizers.ranges import least_squares as least_squares
 from jaxquant.quantizers.rotated import rotated as rotated
+from jaxquant.quantizers.rtn import as_quantizer as as_quantizer
 from jaxquant.quantizers.rtn import rtn as rtn
 from jaxquant.quantizers.smoothquant import smoothquant as smoothquant

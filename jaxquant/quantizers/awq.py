@@ -12,7 +12,7 @@ from jaxquant.inputs import Rescale
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix, Quantizer, loss, never_worse
 from jaxquant.quantizers.ranges import least_squares
-from jaxquant.quantizers.rtn import rtn
+from jaxquant.quantizers.rtn import as_quantizer, rtn
 from jaxquant.stats import Stats, need_gram, rescale
 
 # Beyond this ratio of the largest to the smallest factor nothing is gained and float32 suffers.
@@ -32,17 +32,18 @@ class awq:
       steps: how many exponents are tried.
     """
 
-    inner: Quantizer
+    inner: Quantizer | Format
     steps: int = 20
 
     def __post_init__(self):
+        object.__setattr__(self, "inner", as_quantizer(self.inner))
         if type(self.steps) is not int or self.steps < 1:
             raise OptionError(f"awq(steps={self.steps!r}): how many exponents are tried, 1 or more.")
 
     @property
     def format(self) -> Format:
         """That of the inner quantizer."""
-        return self.inner.format
+        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix.
@@ -60,14 +61,14 @@ class awq:
 
         exponents = jnp.arange(self.steps, dtype=jnp.float32) / self.steps
         best = exponents[jnp.argmin(jax.lax.map(attempt, exponents))]
-        q = rescaled(w32, self.inner, stats, factors(stats.abssum, best)).astype(w.dtype)
+        q = rescaled(w32, as_quantizer(self.inner), stats, factors(stats.abssum, best)).astype(w.dtype)
         return never_worse(w, q, stats, self.format)
 
 
 def factors(size: Float[Array, " in"], exponent: Array) -> Float[Array, " in"]:
     """`size^exponent` around 1, within bounds; 1 for inputs that were never active."""
     power = jnp.power(jnp.maximum(size, 1e-12 * jnp.max(size) + 1e-30), exponent)
-    centred = power / jnp.sqrt(jnp.max(power) * jnp.min(power))
+    centred = power / (jnp.sqrt(jnp.max(power)) * jnp.sqrt(jnp.min(power)))
     return jnp.where(size > 0, jnp.clip(centred, _WIDEST**-0.5, _WIDEST**0.5), 1.0)
 
 

@@ -15,7 +15,7 @@ from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix, never_worse
 from jaxquant.quantizers.ranges import Range, least_squares
-from jaxquant.stats import Stats, need_gram
+from jaxquant.stats import Stats, mean_square, need_gram
 
 _BLOCK = 128
 # What damping is multiplied by where the matrix cannot be factored, and how often.
@@ -48,7 +48,7 @@ class gptq:
     refresh: bool = False
 
     def __post_init__(self):
-        if not self.damping > 0:
+        if not 0 < self.damping < float("inf"):
             raise OptionError(f"gptq(damping={self.damping}): damping is a positive share of the mean of diag(H).")
         if self.refresh and (self.by_activity or self.format.group is None):
             raise OptionError("gptq(refresh=True): rows have to come in order (by_activity=False), and in groups.")
@@ -63,7 +63,7 @@ class gptq:
         assert stats is not None
         hessian = gram / jnp.maximum(stats.count, 1)
         w32, activity = w.astype(jnp.float32), jnp.diagonal(hessian)
-        grid = self.range(w32, self.format, activity)
+        grid = self.range(w32, self.format, mean_square(stats, w.shape[0]))
         order = jnp.argsort(-activity) if self.by_activity else jnp.arange(w.shape[0])
         factor = factored(hessian[order][:, order], self.damping)
         rows = Rows(w32[order], *(expand_rows(part, w.shape[0])[order] for part in grid))
@@ -72,7 +72,9 @@ class gptq:
         if self.refresh:
             first = jnp.arange(0, w.shape[0], self.format.group)
             grid = (rows.scale[first], rows.zero[first])
-        q = assemble(codes[place], *grid, w.dtype, self.format)
+        # Codes cannot be NaN; a scale that is loses against nearest rounding.
+        scale = jnp.where(jnp.all(jnp.isfinite(factor)), grid[0], jnp.nan)
+        q = assemble(codes[place], scale, grid[1], w.dtype, self.format)
         return never_worse(w, q, stats, self.format)
 
 

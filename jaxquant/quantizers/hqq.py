@@ -39,7 +39,7 @@ class hqq:
     def __post_init__(self):
         if not self.format.is_integer:
             raise OptionError(f"hqq({self.format}): a scale and a zero point are fitted, so codes have to be integers.")
-        if not 0 < self.p <= 1 or self.rounds < 1:
+        if not 0 < self.p <= 1 or type(self.rounds) is not int or self.rounds < 1:
             raise OptionError(f"hqq(p={self.p}, rounds={self.rounds}): p lies in (0, 1], and there is a round or more.")
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:

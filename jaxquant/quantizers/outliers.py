@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool
 
 from jaxquant.errors import OptionError, StatsError
 from jaxquant.format import Format
 from jaxquant.qtensor import Kept, QTensor
 from jaxquant.quantizers.quantizer import Matrix, Quantizer, never_worse
+from jaxquant.quantizers.rtn import as_quantizer
 from jaxquant.stats import Stats
 
 
@@ -26,17 +27,18 @@ class outliers:
       block: the length of a block; it divides the inputs. 64 keeps 1.6 % of them.
     """
 
-    inner: Quantizer
+    inner: Quantizer | Format
     block: int = 64
 
     def __post_init__(self):
+        object.__setattr__(self, "inner", as_quantizer(self.inner))
         if type(self.block) is not int or self.block < 2:
             raise OptionError(f"outliers(block={self.block!r}): one of each block is kept; a block has 2 or more.")
 
     @property
     def format(self) -> Format:
         """That of the inner quantizer."""
-        return self.inner.format
+        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix.
@@ -54,13 +56,13 @@ class outliers:
         member = jnp.argmax(blocks, axis=1)
         mask = (jnp.arange(self.block)[None] == member[:, None]).reshape(inputs, 1)
         rows = jnp.take_along_axis(w.astype(jnp.float32).reshape(-1, self.block, w.shape[1]), member[:, None, None], 1)
-        q = self.inner(jnp.where(mask, 0, w), without(stats, ~mask[:, 0]))
+        q = as_quantizer(self.inner)(jnp.where(mask, 0, w), without(stats, ~mask[:, 0]))
         if q.transform or q.kept is not None:
             raise OptionError("outliers(...) goes inside rotations and rescalings: rotated(outliers(inner)).")
         return never_worse(w, dataclasses.replace(q, kept=Kept(mask, rows[:, 0])), stats, self.format)
 
 
-def without(stats: Stats, rest: Float[Array, " in"]) -> Stats:
+def without(stats: Stats, rest: Bool[Array, " in"]) -> Stats:
     """The statistics of the inputs where `rest` is 1, with zeros for the others."""
     rest = rest.astype(jnp.float32)
     gram = None if stats.gram is None else stats.gram * rest[:, None] * rest[None, :]

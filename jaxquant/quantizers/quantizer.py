@@ -48,6 +48,5 @@ def never_worse(w: Matrix, q: QTensor, stats: Stats | None, format: Format) -> Q
     idle = tuple(transform.identity() for transform in q.transform)
     none_kept = q.kept and dataclasses.replace(q.kept, mask=jnp.zeros_like(q.kept.mask))
     nearest = dataclasses.replace(nearest, transform=idle, kept=none_kept)
-    # Not <, so that what is not finite loses.
-    keep = loss(w, q, stats) <= loss(w, nearest, stats)
+    keep = loss(w, q, stats) < loss(w, nearest, stats)  # what is not finite loses
     return jax.tree.map(lambda ours, plain: jnp.where(keep, ours, plain), q, nearest)

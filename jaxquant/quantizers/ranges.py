@@ -16,7 +16,7 @@ from jaxquant.format import Format
 from jaxquant.quantizers.quantizer import Matrix
 from jaxquant.trace.views import expand
 
-Grid = tuple[Float[Array, "groups out"], Float[Array, "groups out"]]
+Grid = tuple[Float[Array, "groups outs"], Float[Array, "groups outs"]]
 Range = Callable[[Matrix, Format, Float[Array, " in"]], Grid]
 
 # Shares of the range that are tried; a good one is rarely below a half (two bits: a third).
@@ -57,7 +57,7 @@ def least_squares(w: Matrix, format: Format, importance: Float[Array, " in"]) ->
 
 def squared_error(
     w: Matrix, scale: Array, zero: Array, *, format: Format, importance: Float[Array, " in"]
-) -> Float[Array, "groups out"]:
+) -> Float[Array, "groups outs"]:
     """`sum_k importance_k (w_k - decode(encode(w_k)))^2` of each group."""
     error = w - value(encode(w, scale, zero, format), scale, zero, format)
     return group_sums(importance[:, None] * jnp.square(error), scale)
@@ -77,7 +77,7 @@ def refit(w: Matrix, format: Format, grid: Grid, importance: Float[Array, " in"]
     return jnp.where((down > 0) & (fitted > 0), fitted, scale), zero
 
 
-def group_sums(values: Matrix, like: Float[Array, "groups out"]) -> Float[Array, "groups out"]:
+def group_sums(values: Matrix, like: Float[Array, "groups outs"]) -> Float[Array, "groups outs"]:
     """Sums over what shares a scale."""
     groups, outputs = like.shape
     split = values.reshape(groups, values.shape[0] // max(groups, 1), outputs, values.shape[1] // max(outputs, 1))

@@ -9,6 +9,7 @@ from jaxquant.format import Format
 from jaxquant.inputs import Rotation, block_length
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix, Quantizer, never_worse
+from jaxquant.quantizers.rtn import as_quantizer
 from jaxquant.stats import Stats
 
 
@@ -24,21 +25,25 @@ class rotated:
       seed: of the signs.
     """
 
-    inner: Quantizer
+    inner: Quantizer | Format
     seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "inner", as_quantizer(self.inner))
 
     @property
     def format(self) -> Format:
         """That of the inner quantizer."""
-        return self.inner.format
+        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix."""
         inputs = w.shape[0]
         signs = jax.random.rademacher(jax.random.key(self.seed), (inputs, 1), jnp.int8)
+        signs = signs if block_length(inputs) > 1 else jnp.ones_like(signs)
         rotation = Rotation(signs, jnp.zeros((inputs // block_length(inputs), 1), bool))
         turn = lambda rows: jax.tree.map(lambda part: part[None], rotation).apply(rows[None])[0]  # noqa: E731
-        q = self.inner(turn(w.astype(jnp.float32).T).T, None if stats is None else _turned(stats, turn))
+        q = as_quantizer(self.inner)(turn(w.astype(jnp.float32).T).T, None if stats is None else _turned(stats, turn))
         q = dataclasses.replace(q, transform=(rotation, *q.transform)).astype(w.dtype)
         return never_worse(w, q, stats, self.format)
 

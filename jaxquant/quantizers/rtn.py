@@ -5,9 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxquant.encode import write
+from jaxquant.errors import OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
-from jaxquant.quantizers.quantizer import Matrix, never_worse
+from jaxquant.quantizers.quantizer import Matrix, Quantizer, never_worse
 from jaxquant.quantizers.ranges import Range, absmax
 from jaxquant.stats import Stats, mean_square
 
@@ -30,3 +31,14 @@ class rtn:
         scale, zero = self.range(w, self.format, mean_square(stats, w.shape[0]))
         q = write(w.astype(jnp.float32), scale, zero, self.format).astype(w.dtype)
         return q if self.range is absmax else never_worse(w, q, stats, self.format)
+
+
+def as_quantizer(chosen: Quantizer | Format) -> Quantizer:
+    """A quantizer; a format means nearest rounding.
+
+    Raises:
+      OptionError: it is neither.
+    """
+    if not isinstance(chosen, Format | Quantizer):
+        raise OptionError(f"{chosen!r} is no quantizer: give a format such as jq.int4, or jq.gptq(jq.int4), ...")
+    return rtn(chosen) if isinstance(chosen, Format) else chosen

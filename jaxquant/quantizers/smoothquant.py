@@ -9,6 +9,7 @@ from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.awq import factors, rescaled
 from jaxquant.quantizers.quantizer import Matrix, Quantizer
+from jaxquant.quantizers.rtn import as_quantizer
 from jaxquant.stats import Stats
 
 
@@ -23,17 +24,18 @@ class smoothquant:
       alpha: how much of the activations' spread goes into the weights, in [0, 1].
     """
 
-    inner: Quantizer
+    inner: Quantizer | Format
     alpha: float = 0.5
 
     def __post_init__(self):
+        object.__setattr__(self, "inner", as_quantizer(self.inner))
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"smoothquant(alpha={self.alpha}): alpha lies in [0, 1].")
 
     @property
     def format(self) -> Format:
         """That of the inner quantizer."""
-        return self.inner.format
+        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix.
@@ -45,4 +47,4 @@ class smoothquant:
             raise StatsError("smoothquant needs the largest size of each input: calibrate(fn, params, batches).")
         of_x, of_w = stats.absmax, jnp.max(jnp.abs(w.astype(jnp.float32)), axis=1)
         s = factors(of_x, jnp.asarray(self.alpha)) / factors(of_w, jnp.asarray(1 - self.alpha))
-        return rescaled(w, self.inner, stats, s).astype(w.dtype)
+        return rescaled(w, as_quantizer(self.inner), stats, s).astype(w.dtype)

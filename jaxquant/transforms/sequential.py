@@ -18,7 +18,7 @@ from jaxquant.format import Format
 from jaxquant.matrices import Matrices, write
 from jaxquant.params import is_matrix
 from jaxquant.qtensor import QTensor, decode
-from jaxquant.quantizers import Quantizer, rtn
+from jaxquant.quantizers import Quantizer, as_quantizer
 from jaxquant.stats import observe
 from jaxquant.trace import Equation, Param, Plain, Recorded, views
 from jaxquant.transforms.meetings import Meet, Tokens, rules, watch
@@ -56,7 +56,7 @@ def quantize_sequentially(
       UnseenError: a chosen weight never meets a matmul, or does so in several turns of a loop or in a branch, where
         not all of its inputs are there at once: use `calibrate` for those.
     """
-    quantizer = rtn(quantizer) if isinstance(quantizer, Format) else quantizer
+    quantizer = as_quantizer(quantizer)
     rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     args = _stacked(rows)
     mapped = fn if len(rows) == 1 else jax.vmap(fn, in_axes=(None,) + (0,) * len(args))
