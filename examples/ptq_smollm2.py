@@ -107,7 +107,7 @@ def int8_methods() -> list[Method]:
     ]
 
 
-SOURCES = ("documentation", "licences", "source code", "sampled", "random tokens", "mix")
+SOURCES = ("documentation", "licences", "source code", "sampled", "random tokens")
 SETTINGS: dict[str, list[Method]] = {
     "W4 g64": weight_only(W4),
     "W4 per channel": shorter(W4_CHANNEL),
