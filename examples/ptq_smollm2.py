@@ -100,6 +100,7 @@ def int8_methods() -> list[Method]:
         Method("rtn, affine activations, outliers=1", rtn, None, affine | {"outliers": 1}),
         Method("smoothquant(rtn)", smooth, serving=token),
         Method("smoothquant(rtn), affine activations", smooth, serving=affine),
+        Method("smoothquant(rtn), affine activations, outliers=1", smooth, serving=affine | {"outliers": 1}),
         Method("outliers(rtn)", jq.outliers(rtn), serving=token),
         Method("rotated(rtn)", jq.rotated(rtn), serving=token),
         Method("rtn, static largest", rtn, serving=token, bound=jq.largest),

@@ -63,8 +63,8 @@ def markdown(results: Results, about: str) -> str:
         "a row says otherwise. *In domain* is held-out documentation, *other kind* the World Factbook. All matrices of",
         "the blocks are quantized, the embedding is not. R is the share of nearest rounding's loss gap that a method",
         "closes; below 0 it is worse than rounding. KL and top-1 agreement are against the float model, ± half a 95 %",
-        "interval over windows. s is the time to quantize after calibration (sequential methods calibrate as they go).",
-        "Bits count scales, zero points and all else.",
+        "interval over windows. s is the time to quantize after calibration (sequential methods calibrate as they go),",
+        "whatever else the machine did; `benchmarks/ptq.py` times it alone. Bits count scales, zero points and all.",
         "",
         "![R of every method](ptq_smollm2.png)",
     ]
@@ -89,6 +89,6 @@ def plot(results: Results, path: Path) -> None:
         axis.invert_yaxis()
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=setting, xlabel="R, % of rounding's loss gap closed", xlim=(-50, 100))
-    axes[0][0].legend(loc="lower left")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)

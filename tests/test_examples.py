@@ -18,7 +18,7 @@ def blocks(page: str) -> list[str]:
 
 def test_the_code_of_the_pages():
     """The blocks of the README in order, and that of the algorithms, on a small model."""
-    model = nn.Sequential([nn.Embed(16, 64), nn.Dense(16)])
+    model = nn.Sequential([nn.Embed(16, 128), nn.Dense(16)])
     tokens = jax.random.randint(jax.random.key(1), (2, 4), 0, 16)
     params = model.init(jax.random.key(0), tokens)
     names = {"model": model, "params": params, "tokens": tokens, "batches": [tokens], "batch": tokens}
