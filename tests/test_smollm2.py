@@ -108,10 +108,16 @@ def test_cached_decoding_of_the_model_is_its_forward(golden, model, forward):
 
 
 @pytest.mark.model
-def test_int8_perplexity_is_within_one_percent_of_float(model, float_perplexity, windows):
+def test_int8_perplexity_is_within_one_percent_of_float(model, forward, windows):
+    """As far as 16 windows tell: which codes a tie rounds to is the processor's, and moves the loss by its interval."""
     config, params = model
-    int8 = jax.jit(jq.quantized(Llama(config).apply, **smollm2.ARITHMETIC))
-    assert perplexity(int8, jq.quantize_params(params, jq.int8), windows) <= 1.01 * float_perplexity
+    int8, qparams = (
+        jax.jit(jq.quantized(Llama(config).apply, **smollm2.ARITHMETIC)),
+        jq.quantize_params(params, jq.int8),
+    )
+    batches = [window[None] for window in windows]
+    found = jq.divergence(lambda t: forward(params, t)[0], lambda t: int8(qparams, t)[0], batches)
+    assert found.loss_gap - found.loss_gap_error <= np.log(1.01) and found.kl < 0.015, found
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
