@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from llama import LlamaConfig
@@ -186,7 +185,8 @@ def _place(name: str) -> tuple[str, ...]:
 
 def _floats(tensor: ReaderTensor, transpose: bool) -> jax.Array:
     array = dequantize(tensor.data, tensor.tensor_type)  # [out, in]
-    return jnp.asarray(np.ascontiguousarray(array.T if transpose else array), jnp.float32)
+    # A copy: an array that shares the file's memory would keep all of the file mapped.
+    return jnp.array(array.T if transpose else array, jnp.float32)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

@@ -75,12 +75,16 @@ def observe(x: Float[Array, "*stack tokens in"], gram: bool = True) -> Stats:
     """The statistics of a batch of tokens, in float32 whatever their dtype."""
     x = x.astype(jnp.float32)
     size = jnp.abs(x)
-    above = size[..., None] > jnp.asarray(THRESHOLDS, jnp.float32).reshape((1,) * x.ndim + (_LEVELS,))
+    # One threshold after the other: XLA on CPU would write all 128 comparisons of every input into memory.
+    above = jax.lax.map(
+        lambda threshold: jnp.sum(size > threshold, axis=(-2, -1), dtype=jnp.float32),
+        jnp.asarray(THRESHOLDS, jnp.float32),
+    )
     return Stats(
         count=jnp.full(x.shape[:-2], x.shape[-2], jnp.float32),
         absmax=jnp.max(size, axis=-2, initial=0.0),
         abssum=jnp.sum(size, axis=-2),
-        above=jnp.sum(above, axis=(-3, -2), dtype=jnp.float32),
+        above=jnp.moveaxis(above, 0, -1),
         gram=jnp.einsum("...ti,...tj->...ij", x, x, precision="highest") if gram else None,
     )
 

@@ -102,14 +102,14 @@ def factored(hessian: Float[Array, "in in"], damping: float) -> Float[Array, "in
 
     def fails(state: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         tries, _, factor = state
-        return (tries < _ESCALATIONS) & ~jnp.all(jnp.isfinite(factor))  # JAX's Cholesky returns NaN
+        return (tries <= _ESCALATIONS) & ~jnp.all(jnp.isfinite(factor))  # JAX's Cholesky returns NaN
 
     def escalate(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         tries, share, _ = state
-        return tries + 1, share * _ESCALATION, attempt(share * _ESCALATION)
+        return tries + 1, share * _ESCALATION, attempt(share)
 
-    share = jnp.asarray(damping, jnp.float32)
-    return jax.lax.while_loop(fails, escalate, (jnp.asarray(0), share, attempt(share)))[2]
+    first = (jnp.asarray(0), jnp.asarray(damping, jnp.float32), jnp.full_like(hessian, jnp.nan))
+    return jax.lax.while_loop(fails, escalate, first)[2]
 
 
 def round_rows(
