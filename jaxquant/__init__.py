@@ -18,6 +18,7 @@ from jaxquant.qtensor import QTensor as QTensor
 from jaxquant.qtensor import dequantize as dequantize
 from jaxquant.quantizers import Quantizer as Quantizer
 from jaxquant.quantizers import absmax as absmax
+from jaxquant.quantizers import at_bits as at_bits
 from jaxquant.quantizers import awq as awq
 from jaxquant.quantizers import gptq as gptq
 from jaxquant.quantizers import hqq as hqq
@@ -26,6 +27,7 @@ from jaxquant.quantizers import outliers as outliers
 from jaxquant.quantizers import rotated as rotated
 from jaxquant.quantizers import rtn as rtn
 from jaxquant.quantizers import smoothquant as smoothquant
+from jaxquant.quantizers import stochastic as stochastic
 from jaxquant.report import Report as Report
 from jaxquant.report import report as report
 from jaxquant.static import largest as largest
@@ -36,5 +38,8 @@ from jaxquant.stats import Stats as Stats
 from jaxquant.transforms.calibrate import calibrate as calibrate
 from jaxquant.transforms.explain import Explanation as Explanation
 from jaxquant.transforms.explain import explain as explain
+from jaxquant.transforms.qat import learn_clips as learn_clips
+from jaxquant.transforms.qat import learn_steps as learn_steps
+from jaxquant.transforms.qat import qat as qat
 from jaxquant.transforms.quantized import quantized as quantized
 from jaxquant.transforms.sequential import quantize_sequentially as quantize_sequentially

@@ -3,6 +3,7 @@
 encode   codes = clamp(round(w / scale) + zero, qmin, qmax)
 """
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
@@ -67,6 +69,12 @@ def fake_quantize(
     return _fake_quantize(array, jnp.asarray(clip, jnp.float32), format, axes)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _fake_quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> Array:
+    grid = jax.lax.stop_gradient(fit(w, format, axes, clip))
+    return decode(with_master(write(w, *grid, format), w, *grid, format))
+
+
 def first_nonfinite(w: Array, name: str) -> str:
     """Says where an array has its first NaN or infinity, and what to do about it."""
     index = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(w, np.float32)))[0])
@@ -84,9 +92,20 @@ def _checked(w: ArrayLike | QTensor, format: Format, axis: Axes) -> tuple[Array,
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise NotQuantizableError(f"an array of {array.dtype} was given: only floating-point arrays are quantized.")
     axes = _contracted(array.shape, format, axis)
-    if not isinstance(array, Tracer) and not jnp.all(jnp.isfinite(array)):
+    if not is_finite(array):
         raise NonFiniteError(first_nonfinite(array, "w"))
     return array, axes
+
+
+def is_finite(w: ArrayLike) -> bool:
+    """Whether an array is finite; one that is being traced counts as such."""
+    if isinstance(w, Tracer):
+        return True
+    with jax.ensure_compile_time_eval():  # a constant of a function that is being traced is known
+        return bool(_all_finite(w))
+
+
+_all_finite = jax.jit(lambda w: jnp.all(jnp.isfinite(w)))
 
 
 def _contracted(shape: tuple[int, ...], format: Format, axis: Axes) -> tuple[int, ...]:
@@ -197,17 +216,31 @@ def value(
     return (codes - zero) * scale
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _fake_quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...]) -> Array:
-    return decode(_quantize(w, clip, format, axes))
+def with_master(q: QTensor, w: Float[Array, "..."], scale: Array, zero: Array, format: Format) -> QTensor:
+    """Codes through which gradients go straight to the array and the scale that they were written from.
+
+    dv/dw = 1 inside the clipping range, 0 outside
+    dv/dscale = (code - zero) - w / scale inside, code - zero outside          (LSQ, arXiv:1902.08153)
+    """
+    return dataclasses.replace(jax.lax.stop_gradient(q), master=_master(w, scale, zero, format))
 
 
-@_fake_quantize.defjvp
-def _straight_through(format: Format, axes: tuple[int, ...], primals, tangents):
-    (w, clip), (dw, _) = primals, tangents
-    scale, zero = fit(w, format, axes, clip)
-    code = _quotient(w, expand(scale, w.shape)) + expand(zero, w.shape)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _master(w: Array, scale: Array, zero: Array, format: Format) -> Array:
+    del scale, zero, format
+    return w
+
+
+@functools.partial(_master.defjvp, symbolic_zeros=True)
+def _derivative(format: Format, primals, tangents):
+    (w, scale, zero), (dw, dscale, _) = primals, tangents
+    ratio = _quotient(w, expand(scale, w.shape))
+    code = ratio + expand(zero, w.shape)
     # Half a step of slack on a grid: what still rounds to the outermost code is inside.
     slack = 0.5 if format.is_integer else 1e-3 * format.qmax
     inside = (code >= format.qmin - slack) & (code <= format.qmax + slack)
-    return _fake_quantize(w, clip, format, axes), jnp.where(inside, dw, 0).astype(dw.dtype)
+    moved = jnp.zeros_like(w) if isinstance(dw, SymbolicZero) else jnp.where(inside, dw, 0).astype(w.dtype)
+    if not isinstance(dscale, SymbolicZero):
+        step = value(encode(w, scale, zero, format), jnp.ones_like(scale), zero, format) - jnp.where(inside, ratio, 0)
+        moved += (step * expand(dscale, w.shape)).astype(w.dtype)
+    return w, moved

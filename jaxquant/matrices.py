@@ -4,9 +4,9 @@ w[30, 9, 64, 576]  --take-->  [30] x [576, 576]  --vmap(quantizer)-->  [30] x QT
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +67,26 @@ class Matrices:
         return views.transpose(whole, [self.order.index(axis) for axis in range(len(shape))])
 
 
-@functools.partial(jax.jit, static_argnames=("quantizer", "axes"))
 def write(w: Float[Array, "..."], stats: Stats | None, *, quantizer: Quantizer, axes: Matrices) -> QTensor:
     """An array in codes: a quantizer mapped over the matrices in it and their statistics."""
+    # A quantizer that holds an array (a key, a traced width) cannot be a static argument.
+    run = _jitted if _is_static(quantizer) else _write
+    return run(w, stats, quantizer=quantizer, axes=axes)
+
+
+def _is_static(value: Any) -> bool:
+    """Whether a quantizer, with those it wraps, is a plain value, equal to another one that does the same."""
+    if isinstance(value, jax.Array):
+        return False
+    parts = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return all(_is_static(getattr(value, part.name)) for part in parts)
+
+
+def _write(w: Float[Array, "..."], stats: Stats | None, *, quantizer: Quantizer, axes: Matrices) -> QTensor:
     one = lambda matrix, stats: quantizer(matrix, stats)  # noqa: E731
     for _ in axes.stack:
         one = jax.vmap(one)
     return axes.give(one(axes.take(w), stats), w.shape)
+
+
+_jitted = jax.jit(_write, static_argnames=("quantizer", "axes"))

@@ -16,9 +16,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from jaxquant.encode import first_nonfinite, quantize
+from jaxquant.encode import first_nonfinite, is_finite, quantize
 from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, OptionError, ShapeError, StatsError
 from jaxquant.format import Format, int8
+from jaxquant.learned import is_learned, plain, rewritten
 from jaxquant.matrices import Matrices, write
 from jaxquant.qtensor import QTensor, is_qtensor
 from jaxquant.quantizers import Quantizer, as_quantizer
@@ -79,27 +80,29 @@ def quantize_params(
       NotQuantizableError: a chosen leaf is a `QTensor` already.
       StatsError: the quantizer needs statistics that a chosen leaf does not have, or they do not fit it.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_bundle)
     named = [(path_name(path), leaf) for path, leaf in leaves]
     chosen = _chosen(named, where)
     paths = {path for path, _ in named}
     kept = {id(leaf) for (_, leaf), pick in zip(named, chosen, strict=True) if not pick}
     picked = [named_leaf for named_leaf, pick in zip(named, chosen, strict=True) if pick]
-    encoders = {path: _encoder(path, leaf, quantizer, paths, (stats or {}).get(path)) for path, leaf in picked}
+    stats = stats or {}
+    encoders = {path: _encoder(path, plain(leaf), quantizer, paths, stats.get(path)) for path, leaf in picked}
     done: dict[int, QTensor] = {}
     for path, leaf in picked:
         if id(leaf) not in done:
-            done[id(leaf)] = jax.block_until_ready(encoders[path](jnp.asarray(leaf)))
+            q = encoders[path](jnp.asarray(plain(leaf)))
+            done[id(leaf)] = jax.block_until_ready(rewritten(leaf, q, as_quantizer(quantizer).format))
             if donate and id(leaf) not in kept:
-                _release(leaf)
+                _release(plain(leaf))
     return treedef.unflatten([done[id(leaf)] if pick else leaf for (_, leaf), pick in zip(named, chosen, strict=True)])
 
 
 def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | None) -> list[bool]:
-    """Which leaves to quantize."""
+    """Which leaves to quantize; one with a learned range is there to be quantized."""
     rule = where or is_matrix
-    candidates = [is_qtensor(leaf) or _is_floating(leaf) for _, leaf in named]
-    chosen = [fits and bool(rule(*pair)) for fits, pair in zip(candidates, named, strict=True)]
+    candidates = [is_bundle(leaf) or _is_floating(leaf) for _, leaf in named]
+    chosen = [fits and (is_learned(pair[1]) or bool(rule(*pair))) for fits, pair in zip(candidates, named, strict=True)]
     if not any(chosen):
         could = [path for fits, (path, _) in zip(candidates, named, strict=True) if fits]
         raise NoMatchError(
@@ -107,6 +110,11 @@ def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | 
             f"{', '.join(could[:40]) or 'it has none'}."
         )
     return chosen
+
+
+def is_bundle(leaf: Any) -> bool:
+    """Whether a leaf is made of several arrays that stand for one: codes, or a weight with a learned range."""
+    return is_qtensor(leaf) or is_learned(leaf)
 
 
 def _is_floating(leaf: Any) -> bool:
@@ -157,7 +165,7 @@ def _encoder(
         jax.eval_shape(encode, leaf)
     except (ShapeError, StatsError, OptionError) as error:
         raise type(error)(f"{path}: {error}") from None
-    if not isinstance(leaf, Tracer) and not _is_finite(leaf):
+    if not is_finite(leaf):
         raise NonFiniteError(first_nonfinite(jnp.asarray(leaf), path))
     return encode
 
@@ -180,9 +188,6 @@ def axes_of(path: str, leaf: Any, paths: Collection[str], stats: Stats | None) -
             f"{path} is {leaf.shape}, and its statistics are of {stats.absmax.shape} inputs: calibrate anew."
         )
     return axes
-
-
-_is_finite = jax.jit(lambda array: jnp.all(jnp.isfinite(array)))
 
 
 @functools.partial(jax.jit, static_argnames=("format", "where"))

@@ -37,7 +37,7 @@ class Kept:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "zero", "transform", "kept", "input_bound"],
+    data_fields=["codes", "scale", "zero", "transform", "kept", "input_bound", "master"],
     meta_fields=["dtype", "bits", "levels"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -55,6 +55,7 @@ class QTensor:
       kept: a few inputs whose weights stay in float, after the transform; or None.
       input_bound: the size at which its inputs saturate when they are quantized, after the transform; full along the
         stack, 1 along inputs and outputs. None: each token has a range of its own, found when it comes.
+      master: the float array that these are the codes of, which gradients go straight through to; in training only.
     """
 
     # Any, because a tree may also hold shapes, shardings or gradients in the place of arrays: nothing is checked here.
@@ -67,6 +68,7 @@ class QTensor:
     transform: tuple[inputs.Transform, ...] = ()
     kept: Kept | None = None
     input_bound: Any = None
+    master: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,6 +169,23 @@ def _granularity(q: QTensor) -> str:
 
 def decode(q: QTensor) -> Float[Array, "..."]:
     """The float array a `QTensor` stands for: `(codes - zero) * scale` or `levels[codes] * scale`, transformed back."""
+    values = _decode_codes(q)
+    return values if q.master is None else _straight_through(values, q.master)
+
+
+@jax.custom_jvp
+def _straight_through(values: Float[Array, "..."], master: Float[Array, "..."]) -> Float[Array, "..."]:
+    del master
+    return values
+
+
+@_straight_through.defjvp
+def _of_the_master(primals, tangents):
+    (values, master), (_, moved) = primals, tangents
+    return _straight_through(values, master), moved.astype(values.dtype)
+
+
+def _decode_codes(q: QTensor) -> Float[Array, "..."]:
     values = inputs.adjoint(q.transform, _with_kept(_decode_core(q), q.kept))
     if q.zero is not None:
         # Rounding the zero point may put the ends of the range half a step beyond what the dtype holds.

@@ -23,6 +23,7 @@ LAYERS = {
     "encode": 4,
     "matmul": 5,
     "quantizers": 5,
+    "learned": 5,
     "matrices": 6,
     "params": 7,
     "static": 7,

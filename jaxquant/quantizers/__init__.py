@@ -1,5 +1,6 @@
 """Algorithms that choose the codes of a matrix, one file each, all of one shape: `(weight, stats) -> QTensor`."""
 
+from jaxquant.quantizers.at_bits import at_bits as at_bits
 from jaxquant.quantizers.awq import awq as awq
 from jaxquant.quantizers.gptq import gptq as gptq
 from jaxquant.quantizers.hqq import hqq as hqq
@@ -11,3 +12,4 @@ from jaxquant.quantizers.rotated import rotated as rotated
 from jaxquant.quantizers.rtn import as_quantizer as as_quantizer
 from jaxquant.quantizers.rtn import rtn as rtn
 from jaxquant.quantizers.smoothquant import smoothquant as smoothquant
+from jaxquant.quantizers.stochastic import stochastic as stochastic

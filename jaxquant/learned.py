@@ -1,0 +1,113 @@
+"""Weights whose ranges training moves: leaves in the place of float arrays, made before training by a function each.
+
+Stepped    scale is a parameter of its own                        LSQ, arXiv:1902.08153
+Clipped    scale = clip * (that of the whole range)               the share of the range that is kept, as in PACT
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.encode import with_master, write
+from jaxquant.format import Format
+from jaxquant.qtensor import QTensor
+
+Grid = tuple[Float[Array, "..."], Float[Array, "..."]]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "scale", "zero"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Stepped:
+    """A weight with learned step sizes.
+
+    The gradient of a step is divided by `sqrt(members * qmax)`, so that steps and weights learn at one rate.
+
+    Args:
+      weight: the float array.
+      scale: float32; each axis divides the same axis of `weight`.
+      zero: float32 of that shape; it does not learn.
+    """
+
+    weight: Any
+    scale: Any
+    zero: Any
+
+    def grid(self, q: QTensor, format: Format) -> Grid:
+        """The scale, whatever the quantizer would choose."""
+        del q
+        members = math.prod(self.weight.shape) / max(math.prod(self.scale.shape), 1)
+        pace = 1 / math.sqrt(members * format.qmax)
+        still = jax.lax.stop_gradient(self.scale)
+        scale = still + pace * (self.scale - still)
+        return jnp.maximum(jnp.abs(scale), jnp.finfo(jnp.float32).tiny), jax.lax.stop_gradient(self.zero)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "clip"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """A weight with a learned share of its range, beyond which codes saturate.
+
+    Args:
+      weight: the float array.
+      clip: float32 of the shape of the scale, 1 for the range that the quantizer would choose.
+    """
+
+    weight: Any
+    clip: Any
+
+    def grid(self, q: QTensor, format: Format) -> Grid:
+        """A share of the scale that the quantizer chooses for the weights as they are now."""
+        del format
+        scale, zero = jax.lax.stop_gradient(_grid_of(q))
+        return jnp.maximum(jnp.abs(self.clip), 1e-3) * scale, zero
+
+
+def stepped(weight: Float[Array, "..."], q: QTensor) -> Stepped:
+    """A weight that starts from the steps of its codes."""
+    return Stepped(weight, *_grid_of(q))
+
+
+def clipped(weight: Float[Array, "..."], q: QTensor) -> Clipped:
+    """A weight that starts from the range of its codes."""
+    return Clipped(weight, jnp.ones_like(q.scale))
+
+
+def is_learned(leaf: Any) -> bool:
+    """Whether a leaf is a weight with parameters of its range, for the `is_leaf` of `jax.tree.map`."""
+    return isinstance(leaf, Stepped | Clipped)
+
+
+def plain(leaf: Any) -> Any:
+    """The float array a leaf stands for."""
+    return leaf.weight if is_learned(leaf) else leaf
+
+
+def rewritten(leaf: Any, q: QTensor, format: Format) -> QTensor:
+    """The codes of a leaf in a range of its own, where it has one, and otherwise those it was given."""
+    if not is_learned(leaf):
+        return q
+    scale, zero = leaf.grid(q, format)
+    return write(leaf.weight.astype(jnp.float32), scale, zero, format).astype(q.dtype)
+
+
+def trained(leaf: Any, q: QTensor, format: Format) -> QTensor:
+    """Codes with a master: gradients go to the array, and to the parameters of its range where it has some.
+
+    Where the input of a weight is transformed, its codes are not those of the array, and nothing counts as clipped.
+    """
+    if is_learned(leaf):
+        scale, zero = leaf.grid(q, format)
+        return with_master(rewritten(leaf, q, format), leaf.weight, scale, zero, format)
+    if q.transform or q.kept is not None:
+        return dataclasses.replace(jax.lax.stop_gradient(q), master=leaf)
+    scale, zero = jax.lax.stop_gradient(_grid_of(q))
+    return with_master(q, leaf, scale, zero, format)
+
+
+def _grid_of(q: QTensor) -> Grid:
+    return q.scale, jnp.zeros_like(q.scale) if q.zero is None else q.zero.astype(jnp.float32)
