@@ -154,9 +154,11 @@ class Llama(nn.Module):
     """A Llama of any size: tokens to the logits of the tokens that follow them.
 
     The layers are unrolled: on CPU, `lax.scan` over stacked layers would copy each layer's weights on every step.
+    `block=nn.remat(Block)` keeps no activations inside the layers for the backward pass.
     """
 
     config: LlamaConfig
+    block: type[nn.Module] = Block
 
     @nn.compact
     def __call__(
@@ -169,7 +171,7 @@ class Llama(nn.Module):
         presents = []
         for layer in range(c.layers):
             past = None if cache is None else (cache.keys[layer], cache.values[layer])
-            x, present = Block(c, name=f"block_{layer}")(x, past, position)
+            x, present = self.block(c, name=f"block_{layer}")(x, past, position)
             presents.append(present)
         x = nn.RMSNorm(c.norm_eps, name="norm")(x)
         logits = embed.attend(x) if c.tied else nn.Dense(c.vocab, use_bias=False, name="head")(x)

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import texts
+from command_line import ended
 from llama import Llama
-from llama_gguf import InputError, fetch_smollm2, load_llama, load_tokenizer
+from llama_gguf import fetch_smollm2, load_llama, load_tokenizer
 from ptq_tables import markdown, plot, show
 from rich.console import Console
 from rich.progress import track
@@ -86,7 +87,7 @@ def weight_only(format: jq.Format) -> list[Method]:
 
 def shorter(format: jq.Format) -> list[Method]:
     """Those of them that are worth their minutes at other widths."""
-    worth = ("rtn", "rtn, least squares", "gptq", "awq(gptq)", "rotated(gptq)")
+    worth = ("rtn", "rtn, least squares", "gptq", "awq(gptq)", "rotated(gptq)", "gptq, sequential")
     return [method for method in weight_only(format) if method.name in worth]
 
 
@@ -272,15 +273,5 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    """The command line, with an error as one line."""
-    try:
-        run(parse(), Console())
-    except (InputError, OSError) as error:
-        print(f"ptq_smollm2.py: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(lambda: run(parse(), Console())))

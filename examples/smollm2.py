@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command_line import ended
 from llama import KVCache, Llama, LlamaConfig, generate_step
 from llama_gguf import InputError, chat_prompt, fetch_smollm2, load_llama, load_tokenizer, stream
 from rich.console import Console, Group
@@ -227,15 +228,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
     print()
 
 
-def main() -> int:
-    """The command line, with an error as one line."""
-    try:
-        run(parse(), Console())
-    except (InputError, OSError) as error:
-        print(f"smollm2.py: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(lambda: run(parse(), Console())))
