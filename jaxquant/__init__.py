@@ -12,7 +12,13 @@ from jaxquant.format import int3 as int3
 from jaxquant.format import int4 as int4
 from jaxquant.format import int8 as int8
 from jaxquant.format import nf4 as nf4
+from jaxquant.lora import add_lora as add_lora
+from jaxquant.lora import double_quantize as double_quantize
+from jaxquant.lora import join_lora as join_lora
+from jaxquant.lora import merge_lora as merge_lora
+from jaxquant.lora import split_lora as split_lora
 from jaxquant.matmul import dot_general as dot_general
+from jaxquant.optim import adamw8bit as adamw8bit
 from jaxquant.params import quantize_params as quantize_params
 from jaxquant.qtensor import QTensor as QTensor
 from jaxquant.qtensor import dequantize as dequantize

@@ -39,3 +39,7 @@ class OptionError(ValueError):
 
 class UnseenError(TypeError):
     """A parameter whose matmuls cannot be observed where they are."""
+
+
+class AdapterError(TypeError):
+    """An adapter that cannot be merged, or a leaf that cannot have one."""

@@ -46,7 +46,7 @@ class QTensor:
 
     Args:
       codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count.
-      scale: float32; each axis divides the same axis of `codes`.
+      scale: float32; each axis divides the same axis of `codes`. Or a `QTensor` of it (`double_quantize`).
       zero: integer zero point of the shape of `scale`, or None for a symmetric format.
       dtype: static; the float dtype the array had, and has again when decoded.
       bits: static; the width of a code (3-bit codes live in a 4-bit container).
@@ -115,6 +115,11 @@ class QTensor:
         """The codes alone, without what is done to the input first and beside them."""
         return dataclasses.replace(self, transform=(), kept=None)
 
+    @property
+    def settled(self) -> "QTensor":
+        """The same with its scale in float."""
+        return dataclasses.replace(self, scale=decode(self.scale)) if is_qtensor(self.scale) else self
+
     def astype(self, dtype) -> "QTensor":
         """The same codes, decoded to another float dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
@@ -169,7 +174,7 @@ def _granularity(q: QTensor) -> str:
 
 def decode(q: QTensor) -> Float[Array, "..."]:
     """The float array a `QTensor` stands for: `(codes - zero) * scale` or `levels[codes] * scale`, transformed back."""
-    values = _decode_codes(q)
+    values = _decode_codes(q.settled)
     return values if q.master is None else _straight_through(values, q.master)
 
 

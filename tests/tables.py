@@ -7,6 +7,7 @@ so the statistics are reductions over blocks and the scale has one element per b
 import contextlib
 import itertools
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import ml_dtypes
@@ -135,7 +136,10 @@ def bits_of(array) -> np.ndarray:
 
 
 def same(a, b) -> bool:
-    """Whether two arrays or QTensors are the same bit for bit, dtypes, shapes and static fields included."""
+    """Whether two arrays, QTensors or trees are the same bit for bit, dtypes, shapes and static fields included."""
+    if not hasattr(a, "shape"):
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return jax.tree.structure(a) == jax.tree.structure(b) and all(same(x, y) for x, y in pairs)
     if isinstance(a, jq.QTensor):
         statics = (a.dtype, a.bits, a.levels) == (b.dtype, b.bits, b.levels)
         parts = [(a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero)]

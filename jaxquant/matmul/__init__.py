@@ -11,4 +11,5 @@ from jaxquant.matmul.dot import make_dot as make_dot
 from jaxquant.matmul.lookup import pick_matrices as pick_matrices
 from jaxquant.matmul.ragged import is_plain as is_plain
 from jaxquant.matmul.rules import Meeting as Meeting
+from jaxquant.matmul.rules import is_param as is_param
 from jaxquant.matmul.rules import rules as rules

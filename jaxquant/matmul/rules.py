@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.adapter import Sides
 from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import FLOAT, INTEGER
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import check_activations, make_dot
 from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis
+from jaxquant.matmul.low_rank import correction
 from jaxquant.matmul.ragged import Ragged, is_plain
 from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.trace import Param, Rules
@@ -62,15 +64,22 @@ def rules(activations: Format | None, outliers: int, record: Callable[[Meeting],
 
     def decoded(param: Param, why: str) -> jax.Array:
         hear(lambda: _meeting(param, why, None, None, FLOAT, "it has no rule for codes, so it got the decoded array"))
-        return decode(param.value)
+        return param.value.decode() if isinstance(param.value, Sides) else decode(param.value)
 
-    return Rules(is_qtensor, decoded, operations)
+    return Rules(is_param, decoded, operations)
+
+
+def is_param(leaf: Any) -> bool:
+    """Whether the rules follow a leaf: a weight in codes, or one with an adapter."""
+    return is_qtensor(leaf) or isinstance(leaf, Sides)
 
 
 def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Hear):
     lhs, rhs = inputs
     first = isinstance(lhs, Param)
     param, x = (lhs, rhs) if first else (rhs, lhs)
+    if isinstance(param, Param) and isinstance(param.value, Sides):
+        return _adapted_dot(param, x, first, params, result, activations, hear)
     if not _fits(param, x, "dot_general", hear) or params.get("out_sharding") is not None:
         return None
     numbers, precision = params["dimension_numbers"], params["precision"]
@@ -78,6 +87,23 @@ def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear:
     dot = make_dot(numbers, first, activations, precision, result.dtype, memory)
     hear(lambda: _meeting(param, "dot_general", x, activations[0], *dot.arithmetic(x.shape, param.value)))
     return apply(dot, x, param.value)
+
+
+def _adapted_dot(param: Param, x, first: bool, params: Mapping[str, Any], result, activations, hear: Hear):
+    """The matmul with the base, and the low-rank correction beside it."""
+    sides = param.value
+    if isinstance(x, Param) or not jnp.issubdtype(x.dtype, jnp.floating) or params.get("out_sharding") is not None:
+        return None
+    beside = correction(x, sides, params["dimension_numbers"], first)
+    if beside is None:
+        return None
+    base = dataclasses.replace(param, value=sides.base) if is_qtensor(sides.base) else sides.base
+    inputs = (base, x) if first else (x, base)
+    out = _dot(inputs, params, result, activations, hear) if is_qtensor(sides.base) else None
+    if out is None:
+        arrays = [decode(one.value) if isinstance(one, Param) else one for one in inputs]
+        out = jax.lax.dot_general(*arrays, params["dimension_numbers"], params["precision"], result.dtype)
+    return (out + beside).astype(result.dtype)
 
 
 _GEOMETRY = (

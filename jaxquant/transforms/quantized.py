@@ -1,8 +1,13 @@
 """`quantized`: a function of parameters becomes the same function over `QTensor`s."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
+
+import jax
 
 from jaxquant import matmul, trace
+from jaxquant.adapter import entered, is_leaf
 from jaxquant.format import Format, int8
 
 
@@ -33,4 +38,14 @@ def quantized(fn: Callable, *, activations: Format | None = int8, outliers: int 
     Raises:
       FormatError: `activations` is not an integer format per token.
     """
-    return trace.transform(fn, matmul.rules(activations, outliers))
+    run = trace.transform(fn, matmul.rules(activations, outliers))
+
+    @functools.wraps(fn)
+    def walked(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
+        inside = [entered(leaf) for leaf in leaves]
+        args, kwargs = treedef.unflatten(inside)
+        came_in = {id(new): old for new, old in zip(inside, leaves, strict=True) if new is not old}
+        return jax.tree.map(lambda out: came_in.get(id(out), out), run(*args, **kwargs), is_leaf=matmul.is_param)
+
+    return walked
