@@ -74,8 +74,10 @@ def adamw8bit(
     """
 
     def init(params: PyTree) -> Adam8bitState:
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
-        first, second = (_compressed(zeros, levels, smallest) for levels in (_SIGNED, _UNSIGNED))
+        def zeros(levels: tuple[float, ...]) -> PyTree:  # every buffer its own, so that the state can be donated
+            return _compressed(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params), levels, smallest)
+
+        first, second = zeros(_SIGNED), zeros(_UNSIGNED)
         return Adam8bitState(jnp.zeros((), jnp.int32), first, second)
 
     def update(gradients: PyTree, state: Adam8bitState, params: PyTree) -> tuple[PyTree, Adam8bitState]:

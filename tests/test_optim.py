@@ -137,3 +137,11 @@ def test_a_vanishing_second_moment_does_not_blow_up():
     for _ in range(20):
         updates, state = optimizer.update(gradient, state, params)
         assert np.max(np.abs(updates["w"])) <= 2e-3
+
+
+def test_states_can_be_donated():
+    """No two parts of a state share a buffer."""
+    optimizer, gradient = jq.adamw8bit(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(3)}
+    step = jax.jit(lambda state, params: optimizer.update(gradient, state, params), donate_argnums=0)
+    _, state = step(optimizer.init(gradient), gradient)
+    assert int(step(state, gradient)[1].count) == 2

@@ -18,7 +18,7 @@ from models import MODELS, WIDTH, normal, quickly_jitted, weight
 from tables import FORMATS, same, table
 
 import jaxquant as jq
-from jaxquant.errors import NoMatchError
+from jaxquant.errors import NoMatchError, OptionError
 from jaxquant.learned import Clipped, Stepped
 from jaxquant.trace import path_name
 
@@ -321,3 +321,82 @@ def test_a_gradient_over_per_example_vmap_is_the_gradient_of_each():
     mapped = jax.vmap(each)(xs)
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(each(x) for x in xs))
     close(mapped, stacked)
+
+
+# Integers on the way back too.
+
+
+def pulled(fn, params, x, c, **options):
+    """The gradients of a linear function of the output."""
+    return jax.grad(lambda params, x: jnp.sum(jq.qat(fn, **options)(params, x) * c), argnums=(0, 1))(params, x)
+
+
+INTO = {"plain": ("tk,kn->tn", (6, 16), (16, 8)), "heads": ("btk,khn->bthn", (2, 3, 16), (16, 2, 4))}
+INTO |= {"left": ("kn,tk->nt", (16, 8), (6, 16)), "stack": ("etk,ekn->etn", (3, 6, 16), (3, 16, 8))}
+
+
+@pytest.mark.parametrize("name", INTO)
+def test_a_backward_pass_in_integers_is_exact_where_nothing_is_rounded(name):
+    """Law: with whole numbers whose largest in every row and column is 127, all scales are 1 and all sums exact."""
+    equation, left, right = INTO[name]
+    random = np.random.default_rng(0)
+
+    def whole(*shape):
+        # Every line along every axis has a 127: a diagonal of them in the last two axes, of either sign.
+        w = random.integers(-5, 6, shape).astype(np.float32)
+        return jnp.asarray(np.where(np.sum(np.indices(shape), 0) % min(shape) == 0, 127, w))
+
+    a, b = whole(*left), whole(*right)
+    x, w = (b, a) if name == "left" else (a, b)
+    path = "query" if name == "heads" else "w"  # which tells the inputs of a kernel of rank 3
+    fn = lambda p, x: jnp.einsum(equation, *((p[path]["w"], x) if name == "left" else (x, p[path]["w"])))  # noqa: E731
+    params = {path: {"w": w}}
+    c = whole(*jax.eval_shape(fn, params, x).shape)
+    got = pulled(fn, params, x, c, gradients=jq.int8, key=jax.random.key(0))
+    expected = jax.grad(lambda p, x: jnp.sum(fn(p, x) * c), argnums=(0, 1))(params, x)
+    assert same(got[0], expected[0]) and same(got[1], expected[1])
+
+
+def test_a_backward_pass_in_integers_is_right_on_average():
+    """Rounding at random: the mean over keys is nearer to the float gradient than one, by the root of their number."""
+    fn, params, x, c = lambda p, x: x @ p["w"], {"w": weight(32, 24)}, normal(16, 32), normal(16, 24, seed=3)
+    exact = pulled(fn, params, x, c)[1]
+    many = jax.vmap(lambda key: pulled(fn, params, x, c, gradients=jq.int4, key=key)[1])(
+        jax.random.split(jax.random.key(0), 256)
+    )
+    off = np.asarray(many) - np.asarray(exact)[None]
+    one, mean = np.sqrt(np.mean(off**2)), np.sqrt(np.mean(off.mean(0) ** 2))
+    assert 0 < mean < 2 * one / 16
+
+
+def test_all_three_matmuls_of_training_are_in_integers():
+    program = str(
+        jax.make_jaxpr(lambda p, x: pulled(mlp, p, x, 1.0, gradients=jq.int8, key=jax.random.key(0)))(
+            MLP, normal(8, WIDTH)
+        )
+    )
+    assert program.count("preferred_element_type=int32") == 6
+    assert program.count("preferred_element_type=float32") == 0
+
+
+@pytest.mark.parametrize("name", ["linen_transformer", "linen_scan_remat", "nnx_vmap", "plain_moe", "equinox_cnn"])
+@pytest.mark.parametrize("format", [jq.int8, jq.int4(group=8)])
+def test_gradients_in_integers_point_where_float_ones_do(name, format):
+    """On models, with a fallback to float where groups, convolutions and experts need it: cosine above 0.99."""
+    model = MODELS[name]()
+    arrays = arrays_of(name)[0]
+
+    def gradient(**options):
+        run = over(name, jq.qat(model.fn, format, **options))
+        total = lambda arrays: jnp.sum(jnp.square(jax.tree.leaves(run(arrays, *model.args))[0]))  # noqa: E731
+        leaves = jax.tree.leaves(quickly_jitted(jax.grad(total, allow_int=True))(arrays))
+        return np.concatenate([np.ravel(g) for g in leaves if jnp.issubdtype(g.dtype, jnp.floating)])
+
+    a, b = gradient(), gradient(gradients=jq.int8, key=jax.random.key(1))
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
+
+
+def test_gradients_that_cannot_be_are_errors():
+    for options in ({"gradients": jq.int8}, {"gradients": jq.int4(group=8), "key": jax.random.key(0)}):
+        with pytest.raises(OptionError, match="gradients"):
+            jq.qat(mlp, **options)

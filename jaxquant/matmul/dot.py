@@ -45,7 +45,7 @@ class Dot:
 
     def arithmetic(self, x_shape: tuple[int, ...], q: QTensor) -> tuple[str, str]:
         """How this will be computed, and why not in integers."""
-        weight = jax.eval_shape(self._weight, q)
+        weight = jax.eval_shape(self.matrices, q)
         if weight is None:
             return FLOAT, "its scales do not follow the axes of this matmul"
         formulation = self._choose(x_shape, weight)
@@ -53,22 +53,22 @@ class Dot:
 
     def forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """The product in the best arithmetic for the weight's format."""
-        weight = self._weight(q)
+        weight = self.matrices(q)
         if weight is None:
             return self.reference(x, q)
         formulation = self._choose(x.shape, weight)
         if formulation.run is None and formulation.say is None:
             return self.reference(x, q)
-        tokens, beside = split_kept(inputs.apply(weight.transform, self._tokens(x)), weight.kept)
+        tokens, beside = split_kept(inputs.apply(weight.transform, self.tokens(x)), weight.kept)
         if formulation.run is not None:
-            out = self._assembled(formulation.run(tokens, weight.core), x.shape, q.shape)
+            out = self.assembled(formulation.run(tokens, weight.core), x.shape, q.shape)
         else:
             assert formulation.say is not None
             # In float32 whatever the dtype, so that the codes of the activations are exact here too.
             said = self._untokened(formulation.say(tokens, weight), x.shape)
             exact = dataclasses.replace(self, dtype=jnp.dtype(jnp.float32))
             out = exact.reference(said, q.core.astype(jnp.float32))
-        return (out if beside is None else out + self._assembled(beside, x.shape, q.shape)).astype(self.dtype)
+        return (out if beside is None else out + self.assembled(beside, x.shape, q.shape)).astype(self.dtype)
 
     def reference(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """The product with the decoded weight, which is decoded in the order it lies in memory."""
@@ -81,10 +81,10 @@ class Dot:
 
     def transformed(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """What the codes meet: the activations after the transform, without the inputs that are kept in float."""
-        weight = self._weight(q)
+        weight = self.matrices(q)
         if weight is None:
             return x
-        tokens, _ = split_kept(inputs.apply(weight.transform, self._tokens(x)), weight.kept)
+        tokens, _ = split_kept(inputs.apply(weight.transform, self.tokens(x)), weight.kept)
         return self._untokened(tokens, x.shape)
 
     def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
@@ -92,7 +92,7 @@ class Dot:
         inputs_last = bool(self.memory) and self.memory[-1] in self.contracted[1]
         return choose(rows, weight, inputs_last, self.activations, self.outliers)
 
-    def _tokens(self, x: Array) -> Float[Array, "B M K"]:
+    def tokens(self, x: Array) -> Float[Array, "B M K"]:
         """The activations as rows of a batch of matrices."""
         contracted, batch = self.contracted[0], self.batch[0]
         rest = _rest(x.ndim, contracted, batch)
@@ -100,13 +100,13 @@ class Dot:
         return moved.reshape(_sizes(x.shape, batch), _sizes(x.shape, rest), _sizes(x.shape, contracted))
 
     def _untokened(self, rows: Float[Array, "B M K"], x_shape: tuple[int, ...]) -> Array:
-        """The inverse of `_tokens`."""
+        """The inverse of `tokens`."""
         contracted, batch = self.contracted[0], self.batch[0]
         order = (*batch, *_rest(len(x_shape), contracted, batch), *contracted)
         moved = rows.reshape([x_shape[axis] for axis in order])
         return jnp.transpose(moved, [order.index(axis) for axis in range(len(order))])
 
-    def _weight(self, q: QTensor) -> QTensor | None:
+    def matrices(self, q: QTensor) -> QTensor | None:
         """The weight as a batch of matrices `[B, K, N]`; None where its scales cannot follow."""
         contracted, batch = self.contracted[1], self.batch[1]
         order = (*batch, *contracted, *_rest(q.ndim, contracted, batch))
@@ -115,7 +115,7 @@ class Dot:
         matrices = views.reshape(moved, moved.shape, tuple(sizes))
         return None if matrices is None or not _takes_inputs(matrices) else _spread(matrices)
 
-    def _assembled(self, out: Float[Array, "B M N"], x_shape, w_shape) -> Array:
+    def assembled(self, out: Float[Array, "B M N"], x_shape, w_shape) -> Array:
         """The result in the axes of `dot_general`: batch, those of the left operand, those of the right one."""
         batch = [x_shape[a] for a in self.batch[0]]
         of_x = [x_shape[a] for a in _rest(len(x_shape), self.contracted[0], self.batch[0])]

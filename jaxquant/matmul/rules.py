@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxquant.adapter import Sides
 from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import FLOAT, INTEGER
+from jaxquant.matmul.backward import Backward, apply_with
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import check_activations, make_dot
@@ -47,8 +48,15 @@ class Meeting:
 Hear = Callable[[Callable[[], Meeting]], None]
 
 
-def rules(activations: Format | None, outliers: int, record: Callable[[Meeting], None] | None = None) -> Rules:
+def rules(
+    activations: Format | None,
+    outliers: int,
+    record: Callable[[Meeting], None] | None = None,
+    backward: Backward | None = None,
+) -> Rules:
     """The rules of `quantized`; `record` hears of every meeting while the function is traced.
+
+    With `backward`, the derivatives of matmuls with weights that have a master are taken in integers.
 
     Raises:
       FormatError: `activations` is not an integer format per token.
@@ -56,7 +64,7 @@ def rules(activations: Format | None, outliers: int, record: Callable[[Meeting],
     check_activations(activations, outliers)
     hear = (lambda meeting: record(meeting())) if record else (lambda meeting: None)
     operations = {
-        "dot_general": lambda inputs, at: _dot(inputs, at.params, at.result, (activations, outliers), hear),
+        "dot_general": lambda inputs, at: _dot(inputs, at.params, at.result, (activations, outliers), hear, backward),
         "conv_general_dilated": lambda inputs, at: _conv(inputs, at.params, at.result, activations, hear),
         "ragged_dot_general": lambda inputs, at: _ragged(inputs, at.params, at.result, activations, hear),
         "gather": lambda inputs, at: _gather(inputs, at.params, hear),
@@ -74,7 +82,9 @@ def is_param(leaf: Any) -> bool:
     return is_qtensor(leaf) or isinstance(leaf, Sides)
 
 
-def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Hear):
+def _dot(
+    inputs: Sequence, params: Mapping[str, Any], result, activations, hear: Hear, backward: Backward | None = None
+):
     lhs, rhs = inputs
     first = isinstance(lhs, Param)
     param, x = (lhs, rhs) if first else (rhs, lhs)
@@ -86,7 +96,7 @@ def _dot(inputs: Sequence, params: Mapping[str, Any], result, activations, hear:
     memory = param.memory or tuple(range(param.value.ndim))
     dot = make_dot(numbers, first, activations, precision, result.dtype, memory)
     hear(lambda: _meeting(param, "dot_general", x, activations[0], *dot.arithmetic(x.shape, param.value)))
-    return apply(dot, x, param.value)
+    return apply(dot, x, param.value) if backward is None else apply_with(dot, backward, x, param.value)
 
 
 def _adapted_dot(param: Param, x, first: bool, params: Mapping[str, Any], result, activations, hear: Hear):

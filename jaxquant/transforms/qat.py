@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 
+from jaxquant import matmul
+from jaxquant.errors import OptionError
 from jaxquant.format import Format, int8
 from jaxquant.learned import clipped, is_learned, plain, stepped, trained
 from jaxquant.params import is_bundle, is_matrix, quantize_params
@@ -14,7 +16,7 @@ from jaxquant.qtensor import is_qtensor
 from jaxquant.quantizers import Quantizer, as_quantizer
 from jaxquant.stats import Stats
 from jaxquant.trace import path_name
-from jaxquant.transforms.quantized import quantized
+from jaxquant.transforms.quantized import under
 
 Where = Callable[[str, Array], bool]
 
@@ -28,6 +30,8 @@ def qat(
     where: Where | None = None,
     stats: Mapping[str, Stats] | None = None,
     when: Array | bool = True,
+    gradients: Format | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> Callable:
     """Runs a function of float parameters as its quantized self, with the straight-through gradient.
 
@@ -46,17 +50,21 @@ def qat(
       activations, outliers: as in `quantized`.
       where, stats: as in `quantize_params`. Leaves that `learn_steps` or `learn_clips` made are always quantized.
       when: a traced bool for a schedule, `step >= 1000`: the float function runs where it is False.
+      gradients: `int8` takes the backward matmuls in integers too, the incoming gradient rounded at random, where
+        weights have symmetric integer codes and a scale per channel; others, and convolutions, stay in float.
+      key: of that rounding; another one for every step.
 
     Returns:
       A function of the same arguments and results.
 
     Raises:
       NoMatchError, ShapeError, StatsError: as `quantize_params`.
+      OptionError: `gradients` without a key, or of a format that is not of symmetric integers per channel.
 
     Source: Bengio et al., arXiv:1308.3432; Jacob et al., arXiv:1712.05877.
     """
     quantizer = as_quantizer(weights)
-    run = quantized(fn, activations=activations, outliers=outliers)
+    run = under(fn, matmul.rules(activations, outliers, backward=_backward(gradients, key)))
 
     @functools.wraps(fn)
     def training(params: PyTree, *args: Any, **kwargs: Any) -> Any:
@@ -69,6 +77,16 @@ def qat(
         return on() if when is True else jax.lax.cond(when, on, off)
 
     return training
+
+
+def _backward(gradients: Format | None, key: Any) -> matmul.Backward | None:
+    if gradients is None:
+        return None
+    if key is None:
+        raise OptionError(f"qat(gradients={gradients}): give a key to round them at random, another for every step.")
+    if not (gradients.is_integer and gradients.symmetric and gradients.group is None):
+        raise OptionError(f"qat(gradients={gradients}): gradients are symmetric integers, such as jq.int8.")
+    return matmul.Backward(gradients, key)
 
 
 def learn_steps(

@@ -38,7 +38,12 @@ def quantized(fn: Callable, *, activations: Format | None = int8, outliers: int 
     Raises:
       FormatError: `activations` is not an integer format per token.
     """
-    run = trace.transform(fn, matmul.rules(activations, outliers))
+    return under(fn, matmul.rules(activations, outliers))
+
+
+def under(fn: Callable, rules: trace.Rules) -> Callable:
+    """The function evaluated under rules for `QTensor`s; leaves that come back unchanged are those that went in."""
+    run = trace.transform(fn, rules)
 
     @functools.wraps(fn)
     def walked(*args: Any, **kwargs: Any) -> Any:
