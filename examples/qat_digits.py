@@ -81,22 +81,24 @@ def batches(data: tuple[np.ndarray, np.ndarray], epochs: int, seed: int = 1):
 def train(
     forward: Callable, params: Any, data: Digits, epochs: int, rate: float, title: str, console: Console
 ) -> tuple[Any, list[float]]:
-    """Minimises the cross entropy of any forward function with AdamW; also returns the loss of every step."""
+    """Minimises the cross entropy of `forward(params, images, key)` with AdamW; also returns the loss of each step."""
     steps = epochs * (len(data.train[0]) // BATCH)
     optimizer = optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=1e-4)
 
-    def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(forward(params, images), labels).mean()
+    def loss(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(forward(params, images, key), labels).mean()
 
     @jax.jit
-    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(params, images, labels)
+    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[Any, Any, Any]:
+        value, gradient = jax.value_and_grad(loss)(params, images, labels, key)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
     state, losses = optimizer.init(params), []
+    key = jax.random.key(0)
     for images, labels in track(batches(data.train, epochs), title, steps, console=console, transient=True):
-        params, state, value = step(params, state, images, labels)
+        key, now = jax.random.split(key)
+        params, state, value = step(params, state, images, labels, now)
         losses.append(value)
     return params, [float(value) for value in losses]
 
@@ -116,16 +118,26 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     def apply(params: nnx.State, images: jax.Array) -> jax.Array:
         return nnx.merge(graph, params)(images)
 
-    params, losses = train(apply, params, data, float_epochs, FLOAT_RATE, "float", console)
-    curves, kernels = {"float": losses}, {"float": np.asarray(params["conv2"]["kernel"][...])}
+    def in_integers(params: nnx.State, images: jax.Array, key: jax.Array) -> jax.Array:
+        return jq.qat(apply, jq.int8, gradients=jq.int8, key=key)(params, images)
+
+    def ignoring_key(forward: Callable) -> Callable:
+        return lambda params, images, key: forward(params, images)
+
+    integers, int8_losses = train(in_integers, params, data, float_epochs, FLOAT_RATE, "int8", console)
+    params, losses = train(ignoring_key(apply), params, data, float_epochs, FLOAT_RATE, "float", console)
+    curves = {"float": losses, "int8 forward and backward": int8_losses}
+    kernels = {"float": np.asarray(params["conv2"]["kernel"][...])}
     results: dict[str, Any] = {"float": accuracy(apply, params, data.test)}
+    results["int8"] = accuracy(jq.quantized(apply), jq.quantize_params(integers), data.test)
     for name, format in WEIGHTS.items():
         quantizer = jq.rtn(format, jq.least_squares)
         serve = jq.quantized(apply, activations=ACTIVATIONS)
         nearest = accuracy(serve, jq.quantize_params(params, format), data.test)
         searched = accuracy(serve, jq.quantize_params(params, quantizer), data.test)
         forward = jq.qat(apply, quantizer, activations=ACTIVATIONS)
-        tuned, curves[name] = train(forward, params, data, qat_epochs, QAT_RATE, f"{name} qat", console)
+        tuned, losses = train(ignoring_key(forward), params, data, qat_epochs, QAT_RATE, f"{name} qat", console)
+        curves[f"{name} weights, through the rounding"] = losses
         kernels[name] = np.asarray(tuned["conv2"]["kernel"][...])
         served = accuracy(serve, jq.quantize_params(tuned, quantizer), data.test)
         results[name] = {"nearest": nearest, "searched range": searched, "qat": served}
@@ -141,11 +153,12 @@ def show(results: dict[str, Any], console: Console) -> None:
     """Prints the accuracies."""
     table = Table("weights, 4-bit activations", "nearest", "searched range", "qat", "qat recovers")
     for name, row in results.items():
-        if name != "float":
+        if name in WEIGHTS:
             lost, back = results["float"] - row["searched range"], row["qat"] - row["searched range"]
             recovered = f"{back / lost:.0%} of what the searched range lost" if lost > 0 else "nothing was lost"
             table.add_row(name, *(f"{share:.1%}" for share in row.values()), recovered)
     console.print(f"float: {results['float']:.1%} of the held-out digits are recognized", table)
+    console.print(f"trained from the start with int8 matmuls forward and backward: {results['int8']:.1%}")
 
 
 def plot(curves: dict[str, list[float]], kernels: dict[str, np.ndarray], path: Path) -> None:
@@ -153,7 +166,7 @@ def plot(curves: dict[str, list[float]], kernels: dict[str, np.ndarray], path: P
     figure, (left, *others) = pyplot.subplots(1, 1 + len(kernels), figsize=(4 * (1 + len(kernels)), 3.2))
     for name, losses in curves.items():
         smooth = np.convolve(losses, np.ones(20) / 20, mode="valid") if len(losses) > 40 else losses
-        left.semilogy(smooth, label=name if name == "float" else f"{name} weights, through the rounding")
+        left.semilogy(smooth, label=name)
     left.set(xlabel="step", ylabel="cross entropy, mean of 20 steps")
     left.legend(fontsize=7)
     for axes, (name, kernel) in zip(others, kernels.items(), strict=True):

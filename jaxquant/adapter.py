@@ -94,6 +94,12 @@ class Sides:
         """The lengths that a slice must leave whole: those of the base."""
         return getattr(self.base, "blocks", (1,) * self.ndim)
 
+    @property
+    def description(self) -> str:
+        """Its format in words."""
+        base = getattr(self.base, "description", jnp.dtype(self.base.dtype).name)
+        return f"{base} + rank {len(self.a)}"
+
     def astype(self, dtype: Any) -> "Sides":
         """The same in another dtype."""
         return dataclasses.replace(self, base=self.base.astype(dtype))

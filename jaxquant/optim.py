@@ -7,6 +7,7 @@ The levels are dynamic: they spend their 8 bits on seven decades, dense near the
 Optimizers via Block-wise Quantization, arXiv:2110.02861).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class Blocks(NamedTuple):
 class Adam8bitState(NamedTuple):
     """The state of `adamw8bit`: the number of steps, and the moments, `Blocks` for each large array."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     first: PyTree
     second: PyTree
 
@@ -60,8 +61,8 @@ def adamw8bit(
 ) -> Transformation:
     """AdamW with 8-bit states: 2.03 bytes a parameter instead of 8.
 
-    A moment is in codes only between steps; each step computes in float32. Blocks lie along the last axis, so that
-    states shard as parameters do. Use it as any optimizer of optax, alone or in `optax.chain`.
+    A moment is in codes only between steps; each step computes in float32. Blocks lie along the last axis that is
+    longer than 1, so that states shard as parameters do. Use it as any optimizer of optax, alone or in `optax.chain`.
 
     Args:
       learning_rate: a number or a schedule of the step.
@@ -81,8 +82,8 @@ def adamw8bit(
         return Adam8bitState(jnp.zeros((), jnp.int32), first, second)
 
     def update(gradients: PyTree, state: Adam8bitState, params: PyTree) -> tuple[PyTree, Adam8bitState]:
-        count = state.count + 1
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        count = state.step + 1
+        rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
         first, second = _expanded(state.first, _SIGNED), _expanded(state.second, _UNSIGNED)
         first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g.astype(jnp.float32), first, gradients)
         second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g.astype(jnp.float32)), second, gradients)
@@ -126,10 +127,16 @@ _SIGNED, _UNSIGNED = _levels(True), _levels(False)
 
 def block_of(shape: tuple[int, ...], smallest: int) -> int | None:
     """The length of a block along the last axis; None where an array stays in float."""
-    if int(np.prod(shape)) < smallest or not shape:
+    if math.prod(shape) < smallest or not _lined(shape):
         return None
-    fits = [n for n in range(_SHORTEST, _BLOCK + 1) if shape[-1] % n == 0]
+    fits = [n for n in range(_SHORTEST, _BLOCK + 1) if _lined(shape)[-1] % n == 0]
     return max(fits, default=None)
+
+
+def _lined(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape up to its last axis that is longer than 1."""
+    ends = [place + 1 for place, size in enumerate(shape) if size > 1]
+    return shape[: max(ends, default=0)]
 
 
 def _compressed(tree: PyTree, levels: tuple[float, ...], smallest: int) -> PyTree:
@@ -151,7 +158,8 @@ def _expanded(tree: PyTree, levels: tuple[float, ...]) -> PyTree:
 def compress(moment: Float[Array, "..."], levels: tuple[float, ...], block: int) -> Blocks:
     """The nearest level of each number, relative to the largest of its block."""
     table = jnp.asarray(levels, jnp.float32)
-    parts = moment.reshape(*moment.shape[:-1], moment.shape[-1] // block, block)
+    *lead, last = _lined(moment.shape)
+    parts = moment.reshape(*lead, last // block, block)
     scale = jnp.max(jnp.abs(parts), axis=-1, keepdims=True)
     ratio = parts / jnp.where(scale > 0, scale, 1)
     codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, ratio).astype(jnp.uint8)

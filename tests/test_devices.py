@@ -112,6 +112,23 @@ for key, stats in (("data", spread), ("data-and-model", both)):
     pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(stats), strict=True)
     facts[f"stats-{key}"] = all(np.array_equal(*pair) for pair in pairs)
 
+# A step of training on a mesh: the gradients and the update of one device, parameters and states split.
+def train(params, state, x, key):
+    fn = jq.qat(mlp, jq.int4(group=16)) if key is None else jq.qat(mlp, jq.int8, gradients=jq.int8, key=key)
+    value, gradient = jax.value_and_grad(lambda p: jnp.mean(fn(p, x) ** 2))(params)
+    updates, state = optimizer.update(gradient, state, params)
+    return value, gradient, jax.tree.map(lambda w, u: w + u, params, updates), state
+
+optimizer = jq.adamw8bit(1e-3)
+split = {"up": put(params["up"], (None, "model")), "down": put(params["down"], ("model", None))}
+for key, noise in (("float", None), ("int8", jax.random.key(0))):
+    whole, spread = (
+        jax.jit(train)(tree, jax.jit(optimizer.init)(tree), rows, noise)
+        for tree, rows in ((params, x), (split, jax.device_put(x, NamedSharding(mesh, P("data")))))
+    )
+    facts[f"qat-{key}"] = max(relative(a, b) for a, b in zip(jax.tree.leaves(spread[:3]), jax.tree.leaves(whole[:3])))
+    facts[f"qat-{key}-split"] = not spread[2]["up"].sharding.is_fully_replicated
+
 print(json.dumps(facts))
 """
 
@@ -165,3 +182,9 @@ def test_data_parallel_calibration(split, facts):
     """Law: the statistics of a batch spread over devices are those of one device, bit for bit where sums are exact."""
     assert facts["counts"] == [128.0] * 3
     assert facts[f"stats-{split}"]
+
+
+@pytest.mark.parametrize("backward", ["float", "int8"])
+def test_a_step_of_training_on_a_mesh(backward, facts):
+    """Law: loss, gradients and updated weights of data and tensor parallel training are those of one device."""
+    assert facts[f"qat-{backward}"] < 1e-4 and facts[f"qat-{backward}-split"]

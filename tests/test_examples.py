@@ -29,6 +29,14 @@ def test_the_code_of_the_pages():
     for code in (*others, *blocks("docs/algorithms.md")):
         exec(code, names)
         assert "int4 g64 affine rotated" in names["qparams"]["params"]["layers_1"]["kernel"].description
+    train, learn, adapt = blocks("docs/training.md")
+    exec(train, names)
+    assert jax.tree.structure(names["gradient"]) == jax.tree.structure(names["params"])
+    exec(learn, names)
+    assert "int2 g32" in names["qparams"]["params"]["layers_1"]["kernel"].description
+    with jax.numpy_dtype_promotion("standard"):
+        exec(adapt, names)
+    assert "int4 g64 affine rotated" in names["qparams"]["params"]["layers_1"]["kernel"].description
 
 
 def test_quickstart():

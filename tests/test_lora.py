@@ -176,3 +176,9 @@ def test_double_quantized_leaves_come_back_as_they_went_in():
     assert out["w"] is q["w"]
     adapted = jq.add_lora({"w": weight(16, 8)}, 2, key=jax.random.key(0))
     assert jq.quantized(lambda params: params)(adapted)["w"] is adapted["w"]
+
+
+def test_explain_tells_of_adapters():
+    found = jq.explain(mlp, stirred(tree(jq.int8)), normal(3, WIDTH))
+    kinds = {meeting.path: meeting.arithmetic for meeting in found.meetings if meeting.operation == "dot_general"}
+    assert kinds == {"w1/kernel": "int8 x int8 -> int32", "w2/kernel": "int8 x int8 -> int32"} and not found.unmet

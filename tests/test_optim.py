@@ -95,14 +95,22 @@ def test_with_small_arrays_in_float_it_is_adamw():
 
 
 def test_states_take_two_bytes_a_parameter():
-    params = {"large": jnp.zeros((512, 1024)), "odd": jnp.zeros((4096, 7)), "small": jnp.zeros((64,))}
+    params = {
+        "large": jnp.zeros((512, 1024)),
+        "side": jnp.zeros((16, 576, 1)),
+        "odd": jnp.zeros((4096, 7)),
+        "small": jnp.zeros((64,)),
+    }
     state = jq.adamw8bit(1e-3).init(params)
     size = {name: sum(p.nbytes for p in jax.tree.leaves((state.first[name], state.second[name]))) for name in params}
     assert size["large"] == 2 * 512 * 1024 * (1 + 4 / 256)
+    assert size["side"] == 2 * 16 * 576 * (1 + 4 / 192)
     assert size["odd"] == 8 * params["odd"].size and size["small"] == 8 * 64  # in float
 
 
-@pytest.mark.parametrize("shape, block", [((512, 576), 192), ((512, 1536), 256), ((4096, 7), None), ((), None)])
+@pytest.mark.parametrize(
+    "shape, block", [((512, 576), 192), ((512, 1536), 256), ((16, 576, 1), 192), ((4096, 7), None), ((), None)]
+)
 def test_blocks_divide_the_last_axis(shape, block):
     assert block_of(shape, 4096) == block
 
@@ -144,4 +152,4 @@ def test_states_can_be_donated():
     optimizer, gradient = jq.adamw8bit(1e-3), {"w": jnp.ones((64, 64)), "b": jnp.ones(3)}
     step = jax.jit(lambda state, params: optimizer.update(gradient, state, params), donate_argnums=0)
     _, state = step(optimizer.init(gradient), gradient)
-    assert int(step(state, gradient)[1].count) == 2
+    assert int(step(state, gradient)[1].step) == 2

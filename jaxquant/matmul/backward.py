@@ -65,7 +65,7 @@ def _backward(dot: Dot, format: Format, kept: Any, dy: Array) -> tuple[Array, Ar
     weight = dot.matrices(q)
     assert weight is not None
     tokens, to_x = _laid_out(dot.tokens, x)
-    _, to_master = _laid_out(lambda w: dot.matrices(dataclasses.replace(q, master=w)).master, q.codes.astype(q.dtype))
+    _, to_master = _laid_out(functools.partial(_as_matrices, dot, q), q.codes.astype(q.dtype))
     shape = jax.ShapeDtypeStruct((*tokens.shape[:2], weight.shape[2]), dy.dtype)
     (into,) = jax.linear_transpose(lambda out: dot.assembled(out, x.shape, q.shape), shape)(dy)
     into = into.astype(jnp.float32)  # [B, M, N]
@@ -77,6 +77,13 @@ def _backward(dot: Dot, format: Format, kept: Any, dy: Array) -> tuple[Array, Ar
     of_inputs = _rounded(tokens.astype(jnp.float32), format, 1)
     dw = _integer_dot(of_inputs, _rounded(into, format, 1, by_output), axis=1)
     return to_x(dx), to_master(dw), None, None
+
+
+def _as_matrices(dot: Dot, q: QTensor, master: Array) -> Array:
+    """A master in the axes `[B, K, N]`."""
+    moved = dot.matrices(dataclasses.replace(q, master=master))
+    assert moved is not None
+    return moved.master
 
 
 def _laid_out(layout: Callable[[Array], Array], x: Array) -> tuple[Array, Callable[[Array], Array]]:

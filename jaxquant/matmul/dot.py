@@ -214,7 +214,7 @@ def dot_general(
     check_activations(activations, outliers)
     if weights is not None and not isinstance(rhs, QTensor):
         rhs = quantize(rhs, weights, axis=tuple(dimension_numbers[0][1]))
-    lhs, rhs = (side if isinstance(side, QTensor) else jnp.asarray(side) for side in (lhs, rhs))
+    lhs, rhs = (side.settled if isinstance(side, QTensor) else jnp.asarray(side) for side in (lhs, rhs))
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         lhs = decode(lhs)
     if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):

@@ -17,7 +17,7 @@ from jaxquant.matmul.dot import check_activations, make_dot
 from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis
 from jaxquant.matmul.low_rank import correction
 from jaxquant.matmul.ragged import Ragged, is_plain
-from jaxquant.qtensor import QTensor, decode, is_qtensor
+from jaxquant.qtensor import decode, is_qtensor
 from jaxquant.trace import Param, Rules
 
 
@@ -107,13 +107,13 @@ def _adapted_dot(param: Param, x, first: bool, params: Mapping[str, Any], result
     beside = correction(x, sides, params["dimension_numbers"], first)
     if beside is None:
         return None
-    base = dataclasses.replace(param, value=sides.base) if is_qtensor(sides.base) else sides.base
-    inputs = (base, x) if first else (x, base)
-    out = _dot(inputs, params, result, activations, hear) if is_qtensor(sides.base) else None
-    if out is None:
-        arrays = [decode(one.value) if isinstance(one, Param) else one for one in inputs]
-        out = jax.lax.dot_general(*arrays, params["dimension_numbers"], params["precision"], result.dtype)
-    return (out + beside).astype(result.dtype)
+    if is_qtensor(sides.base):
+        base = dataclasses.replace(param, value=sides.base)
+        out = _dot((base, x) if first else (x, base), params, result, activations, hear)
+    else:
+        left, right = (sides.base, x) if first else (x, sides.base)
+        out = jax.lax.dot_general(left, right, params["dimension_numbers"], params["precision"], result.dtype)
+    return None if out is None else (out + beside).astype(result.dtype)
 
 
 _GEOMETRY = (
@@ -172,7 +172,7 @@ def _fits(param, x, operation: str, hear: Hear) -> bool:
 
 def _meeting(param: Param, operation: str, x, activations, arithmetic: str, reason: str) -> Meeting:
     value = param.value
-    words = value.description if isinstance(value, QTensor) else jnp.dtype(value.dtype).name
+    words = getattr(value, "description", jnp.dtype(value.dtype).name)
     taken = "" if x is None else jnp.dtype(x.dtype).name
     if activations is not None and arithmetic == INTEGER:
         taken = f"int{activations.bits} per-{'example' if operation == 'conv_general_dilated' else 'token'}"

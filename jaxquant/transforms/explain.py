@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxquant import matmul, table, trace
+from jaxquant.adapter import entered, is_leaf
 from jaxquant.format import Format, int8
 from jaxquant.matmul import Meeting
-from jaxquant.qtensor import is_qtensor
 
 _COLOURS = {matmul.INTEGER: "green", matmul.WEIGHT_ONLY: "yellow", matmul.FLOAT: "red"}
 _COLUMNS = ("parameter", "operation", "activations", "weight", "format", "arithmetic", "why")
@@ -70,11 +70,11 @@ def explain(
     """
     meetings: list[Meeting] = []
     rules = _watching(matmul.rules(activations, outliers, meetings.append), meetings.append)
-    watched = jax.tree.map(_watch, params, is_leaf=is_qtensor)
+    watched = jax.tree.map(_watch, params, is_leaf=is_leaf)
     staged = trace.stage(fn, rules, (watched, *args), kwargs)
     jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_leaf=is_qtensor)
-    quantized = [trace.argument_name(path) for path, leaf in leaves if is_qtensor(leaf)]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_leaf=is_leaf)
+    quantized = [trace.argument_name(path) for path, leaf in leaves if is_leaf(leaf)]
     met = {meeting.path for meeting in meetings if meeting.activations is not None}
     return Explanation(tuple(meetings), tuple(path for path in quantized if path not in met))
 
@@ -83,10 +83,10 @@ def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Ru
     """The rules of `quantized`, which also follow arrays left in floating point, and see matmuls without either."""
 
     def decode(param: trace.Param, why: str) -> Array:
-        return rules.decode(param, why) if is_qtensor(param.value) else param.value.array
+        return rules.decode(param, why) if matmul.is_param(param.value) else param.value.array
 
     def is_param(leaf: Any) -> bool:
-        return is_qtensor(leaf) or isinstance(leaf, trace.Plain)
+        return matmul.is_param(leaf) or isinstance(leaf, trace.Plain)
 
     def untouched(name: str, inputs: Sequence[Any]) -> None:
         if name in rules.operations and name != "gather":
@@ -98,8 +98,10 @@ def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Ru
 
 
 def _watch(leaf: Any) -> Any:
+    if is_leaf(leaf):
+        return entered(leaf)
     floating = hasattr(leaf, "dtype") and hasattr(leaf, "ndim") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return trace.Plain(leaf) if not is_qtensor(leaf) and floating and leaf.ndim >= 2 else leaf
+    return trace.Plain(leaf) if floating and leaf.ndim >= 2 else leaf
 
 
 def _cells(meeting: Meeting) -> Sequence[str]:
