@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.errors import OptionError
-from jaxquant.format import Format
 from jaxquant.inputs import Rescale
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix, Quantizer, loss, never_worse
 from jaxquant.quantizers.ranges import least_squares
-from jaxquant.quantizers.rtn import as_quantizer, rtn
+from jaxquant.quantizers.rtn import rtn
+from jaxquant.quantizers.wrapper import Wrapper
 from jaxquant.stats import Stats, need_gram, rescale
 
 # Beyond this ratio of the largest to the smallest factor nothing is gained and float32 suffers.
@@ -20,7 +20,7 @@ _WIDEST = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
-class awq:
+class awq(Wrapper):
     """Activation-aware quantization (Lin et al., arXiv:2306.00978): `x w = (x / s) (s w)` with a good s.
 
         s = E|x|^a,    a = argmin over [0, 1] of  tr(D^T H D)  for nearest rounding of `s w`
@@ -32,18 +32,12 @@ class awq:
       steps: how many exponents are tried.
     """
 
-    inner: Quantizer | Format
     steps: int = 20
 
     def __post_init__(self):
-        object.__setattr__(self, "inner", as_quantizer(self.inner))
+        super().__post_init__()
         if type(self.steps) is not int or self.steps < 1:
             raise OptionError(f"awq(steps={self.steps!r}): how many exponents are tried, 1 or more.")
-
-    @property
-    def format(self) -> Format:
-        """That of the inner quantizer."""
-        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix.
@@ -61,7 +55,7 @@ class awq:
 
         exponents = jnp.arange(self.steps, dtype=jnp.float32) / self.steps
         best = exponents[jnp.argmin(jax.lax.map(attempt, exponents))]
-        q = rescaled(w32, as_quantizer(self.inner), stats, factors(stats.abssum, best)).astype(w.dtype)
+        q = rescaled(w32, self.quantizer, stats, factors(stats.abssum, best)).astype(w.dtype)
         return never_worse(w, q, stats, self.format)
 
 

@@ -6,15 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxquant.errors import OptionError, StatsError
-from jaxquant.format import Format
 from jaxquant.qtensor import Kept, QTensor
-from jaxquant.quantizers.quantizer import Matrix, Quantizer, never_worse
-from jaxquant.quantizers.rtn import as_quantizer
+from jaxquant.quantizers.quantizer import Matrix, never_worse
+from jaxquant.quantizers.wrapper import Wrapper
 from jaxquant.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)
-class outliers:
+class outliers(Wrapper):
     """Keeps one input of each block of inputs in float (LLM.int8(), arXiv:2208.07339, with the outliers spread evenly).
 
         x w  ~=  x_kept w_kept + x_rest decode(inner(w_rest))
@@ -27,18 +26,12 @@ class outliers:
       block: the length of a block; it divides the inputs. 64 keeps 1.6 % of them.
     """
 
-    inner: Quantizer | Format
     block: int = 64
 
     def __post_init__(self):
-        object.__setattr__(self, "inner", as_quantizer(self.inner))
+        super().__post_init__()
         if type(self.block) is not int or self.block < 2:
             raise OptionError(f"outliers(block={self.block!r}): one of each block is kept; a block has 2 or more.")
-
-    @property
-    def format(self) -> Format:
-        """That of the inner quantizer."""
-        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix.
@@ -56,7 +49,7 @@ class outliers:
         member = jnp.argmax(blocks, axis=1)
         mask = (jnp.arange(self.block)[None] == member[:, None]).reshape(inputs, 1)
         rows = jnp.take_along_axis(w.astype(jnp.float32).reshape(-1, self.block, w.shape[1]), member[:, None, None], 1)
-        q = as_quantizer(self.inner)(jnp.where(mask, 0, w), without(stats, ~mask[:, 0]))
+        q = self.quantizer(jnp.where(mask, 0, w), without(stats, ~mask[:, 0]))
         if q.transform or q.kept is not None:
             raise OptionError("outliers(...) goes inside rotations and rescalings: rotated(outliers(inner)).")
         return never_worse(w, dataclasses.replace(q, kept=Kept(mask, rows[:, 0])), stats, self.format)

@@ -5,16 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxquant.format import Format
 from jaxquant.inputs import Rotation, block_length
 from jaxquant.qtensor import QTensor
-from jaxquant.quantizers.quantizer import Matrix, Quantizer, never_worse
-from jaxquant.quantizers.rtn import as_quantizer
+from jaxquant.quantizers.quantizer import Matrix, never_worse
+from jaxquant.quantizers.wrapper import Wrapper
 from jaxquant.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)
-class rotated:
+class rotated(Wrapper):
     """Quantizes `R w` by another quantizer, and rotates inputs: `x w = (R x) (R w)`, R orthogonal.
 
     R multiplies inputs by random signs, then blocks of them by a Hadamard matrix of the largest power of two that
@@ -25,16 +24,7 @@ class rotated:
       seed: of the signs.
     """
 
-    inner: Quantizer | Format
     seed: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, "inner", as_quantizer(self.inner))
-
-    @property
-    def format(self) -> Format:
-        """That of the inner quantizer."""
-        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix."""
@@ -43,7 +33,7 @@ class rotated:
         signs = signs if block_length(inputs) > 1 else jnp.ones_like(signs)
         rotation = Rotation(signs, jnp.zeros((inputs // block_length(inputs), 1), bool))
         turn = lambda rows: jax.tree.map(lambda part: part[None], rotation).apply(rows[None])[0]  # noqa: E731
-        q = as_quantizer(self.inner)(turn(w.astype(jnp.float32).T).T, None if stats is None else _turned(stats, turn))
+        q = self.quantizer(turn(w.astype(jnp.float32).T).T, None if stats is None else _turned(stats, turn))
         q = dataclasses.replace(q, transform=(rotation, *q.transform)).astype(w.dtype)
         return never_worse(w, q, stats, self.format)
 

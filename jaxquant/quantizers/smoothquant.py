@@ -5,16 +5,15 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxquant.errors import OptionError, StatsError
-from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.awq import factors, rescaled
-from jaxquant.quantizers.quantizer import Matrix, Quantizer
-from jaxquant.quantizers.rtn import as_quantizer
+from jaxquant.quantizers.quantizer import Matrix
+from jaxquant.quantizers.wrapper import Wrapper
 from jaxquant.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)
-class smoothquant:
+class smoothquant(Wrapper):
     """SmoothQuant (Xiao et al., arXiv:2211.10438): `x w = (x / s) (s w)`, for int8 activations and weights.
 
         s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)
@@ -24,18 +23,12 @@ class smoothquant:
       alpha: how much of the activations' spread goes into the weights, in [0, 1].
     """
 
-    inner: Quantizer | Format
     alpha: float = 0.5
 
     def __post_init__(self):
-        object.__setattr__(self, "inner", as_quantizer(self.inner))
+        super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"smoothquant(alpha={self.alpha}): alpha lies in [0, 1].")
-
-    @property
-    def format(self) -> Format:
-        """That of the inner quantizer."""
-        return as_quantizer(self.inner).format
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix.
@@ -47,4 +40,4 @@ class smoothquant:
             raise StatsError("smoothquant needs the largest size of each input: calibrate(fn, params, batches).")
         of_x, of_w = stats.absmax, jnp.max(jnp.abs(w.astype(jnp.float32)), axis=1)
         s = factors(of_x, jnp.asarray(self.alpha)) / factors(of_w, jnp.asarray(1 - self.alpha))
-        return rescaled(w, as_quantizer(self.inner), stats, s).astype(w.dtype)
+        return rescaled(w, self.quantizer, stats, s).astype(w.dtype)
