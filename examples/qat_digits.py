@@ -6,6 +6,7 @@ python examples/qat_digits.py --smoke    a few steps, to see that it runs
 
 import argparse
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -79,11 +80,18 @@ def batches(data: tuple[np.ndarray, np.ndarray], epochs: int, seed: int = 1):
 
 
 def train(
-    forward: Callable, params: Any, data: Digits, epochs: int, rate: float, title: str, console: Console
+    forward: Callable,
+    params: Any,
+    data: Digits,
+    epochs: int,
+    rate: float,
+    title: str,
+    console: Console,
+    adamw: Callable = optax.adamw,
 ) -> tuple[Any, list[float]]:
     """Minimises the cross entropy of `forward(params, images, key)` with AdamW; also returns the loss of each step."""
     steps = epochs * (len(data.train[0]) // BATCH)
-    optimizer = optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=1e-4)
+    optimizer = adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=1e-4)
 
     def loss(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(forward(params, images, key), labels).mean()
@@ -124,11 +132,14 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     def ignoring_key(forward: Callable) -> Callable:
         return lambda params, images, key: forward(params, images)
 
-    integers, int8_losses = train(in_integers, params, data, float_epochs, FLOAT_RATE, "int8", console)
-    params, losses = train(ignoring_key(apply), params, data, float_epochs, FLOAT_RATE, "float", console)
-    curves = {"float": losses, "int8 forward and backward": int8_losses}
+    fresh = functools.partial(train, params=params, data=data, epochs=float_epochs, rate=FLOAT_RATE, console=console)
+    integers, int8_losses = fresh(in_integers, title="int8")
+    small, small_losses = fresh(ignoring_key(apply), title="adamw8bit", adamw=jq.adamw8bit)
+    params, losses = fresh(ignoring_key(apply), title="float")
+    curves = {"float": losses, "int8 forward and backward": int8_losses, "float, adamw8bit": small_losses}
     kernels = {"float": np.asarray(params["conv2"]["kernel"][...])}
     results: dict[str, Any] = {"float": accuracy(apply, params, data.test)}
+    results["adamw8bit"] = accuracy(apply, small, data.test)
     results["int8"] = accuracy(jq.quantized(apply), jq.quantize_params(integers), data.test)
     for name, format in WEIGHTS.items():
         quantizer = jq.rtn(format, jq.least_squares)
@@ -159,6 +170,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             table.add_row(name, *(f"{share:.1%}" for share in row.values()), recovered)
     console.print(f"float: {results['float']:.1%} of the held-out digits are recognized", table)
     console.print(f"trained from the start with int8 matmuls forward and backward: {results['int8']:.1%}")
+    console.print(f"trained in float with adamw8bit: {results['adamw8bit']:.1%}")
 
 
 def plot(curves: dict[str, list[float]], kernels: dict[str, np.ndarray], path: Path) -> None:

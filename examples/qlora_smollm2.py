@@ -1,6 +1,6 @@
-"""SmolLM2-135M in NF4 learns ten facts about an island that does not exist, by adapters of 2 % of its size.
+"""SmolLM2-135M in NF4 learns ten facts about an island that does not exist, by adapters of 5 % of its parameters.
 
-python examples/qlora_smollm2.py             some minutes on 2 cores
+python examples/qlora_smollm2.py             five minutes on 2 cores
 python examples/qlora_smollm2.py --smoke     two steps on two facts, to see that it runs
 
 The base stays in codes, scales in 8 bits; LoRA adapters train with an optimizer whose moments take a byte each. Each
@@ -165,7 +165,7 @@ def answers(forward: Any, tokenizer: Tokenizer, facts: tuple[Fact, ...]) -> list
         tokens[rows, ends] = np.asarray(forward(tokens, ends - 1))  # the causal mask hides what lies beyond
         ends = np.minimum(ends + 1, LENGTH - 1)
     said = [tokenizer.decode(row[len(p) :], skip_special_tokens=False) for row, p in zip(tokens, prompts, strict=True)]
-    return [text.split("<|im_end|>")[0].strip() for text in said]
+    return [text.split("<|")[0].strip() for text in said]
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:

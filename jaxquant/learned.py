@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.adapter import is_adapted
 from jaxquant.encode import with_master, write
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
@@ -83,12 +84,16 @@ def is_learned(leaf: Any) -> bool:
 
 
 def plain(leaf: Any) -> Any:
-    """The float array a leaf stands for."""
+    """The array of a leaf that is to be written in codes, without what is beside it."""
+    if is_adapted(leaf):
+        return leaf.base
     return leaf.weight if is_learned(leaf) else leaf
 
 
-def rewritten(leaf: Any, q: QTensor, format: Format) -> QTensor:
-    """The codes of a leaf in a range of its own, where it has one, and otherwise those it was given."""
+def rewritten(leaf: Any, q: QTensor, format: Format) -> Any:
+    """A leaf in codes: in its own range, where it has one, or beside its adapter; otherwise as they were given."""
+    if is_adapted(leaf):
+        return dataclasses.replace(leaf, base=q)
     if not is_learned(leaf):
         return q
     scale, zero = leaf.grid(q, format)

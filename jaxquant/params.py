@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from jaxquant.adapter import is_adapted
 from jaxquant.encode import first_nonfinite, is_finite, quantize
 from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, OptionError, ShapeError, StatsError
 from jaxquant.format import Format, int8
@@ -102,7 +103,10 @@ def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | 
     """Which leaves to quantize; one with a learned range is there to be quantized."""
     rule = where or is_matrix
     candidates = [is_bundle(leaf) or _is_floating(leaf) for _, leaf in named]
-    chosen = [fits and (is_learned(pair[1]) or bool(rule(*pair))) for fits, pair in zip(candidates, named, strict=True)]
+    chosen = [
+        fits and (is_learned(leaf) or bool(rule(path, plain(leaf))))
+        for fits, (path, leaf) in zip(candidates, named, strict=True)
+    ]
     if not any(chosen):
         could = [path for fits, (path, _) in zip(candidates, named, strict=True) if fits]
         raise NoMatchError(
@@ -113,8 +117,8 @@ def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | 
 
 
 def is_bundle(leaf: Any) -> bool:
-    """Whether a leaf is made of several arrays that stand for one: codes, or a weight with a learned range."""
-    return is_qtensor(leaf) or is_learned(leaf)
+    """Whether a leaf is several arrays that stand for one: codes, or a weight with a learned range or an adapter."""
+    return is_qtensor(leaf) or is_learned(leaf) or is_adapted(leaf)
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -182,3 +182,14 @@ def test_explain_tells_of_adapters():
     found = jq.explain(mlp, stirred(tree(jq.int8)), normal(3, WIDTH))
     kinds = {meeting.path: meeting.arithmetic for meeting in found.meetings if meeting.operation == "dot_general"}
     assert kinds == {"w1/kernel": "int8 x int8 -> int32", "w2/kernel": "int8 x int8 -> int32"} and not found.unmet
+
+
+def test_bases_are_quantized_under_their_adapters():
+    """Adapters first or codes first gives one tree; and a float base trains through the rounding beside its adapter."""
+    under = jq.quantize_params(tree(), jq.int4(group=8))
+    assert same(under, tree(jq.int4(group=8)))
+    x = normal(3, WIDTH)
+    trained = jq.qat(mlp, jq.int4(group=8))
+    close(first(trained(stirred(tree()), x)), first(jq.quantized(mlp)(stirred(under), x)))
+    gradient = jax.grad(lambda tree: jnp.sum(trained(tree, x)))(stirred(tree()))["w1"]["kernel"]
+    assert all(np.any(part != 0) for part in (gradient.base, gradient.adapter.a, gradient.adapter.b))

@@ -78,6 +78,15 @@ def test_training_sees_what_serving_does(name, format):
     close(first(quickly_jitted(trained)(arrays, *model.args)), first(quickly_jitted(served)(arrays, *model.args)))
 
 
+@pytest.mark.parametrize("format", **table(FORMATS))
+def test_eager_and_jitted_training_see_what_serving_does(format):
+    """Law 3 for every format, symmetric or not, per tensor, channel and group: eager == jit == served."""
+    params, x, fn = {"w": weight(32, 24)}, normal(5, 32), lambda params, x: x @ params["w"]
+    served = jq.quantized(fn)(jq.quantize_params(params, format), x)
+    close(jq.qat(fn, format)(params, x), served, 0)
+    close(jax.jit(jq.qat(fn, format))(params, x), served)
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_any_quantizer_trains(name):
     """Law 3 for quantizers that search, transform inputs, round at random or have a traced width."""

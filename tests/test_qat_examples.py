@@ -43,4 +43,4 @@ def test_qlora_teaches_without_touching_the_base(tmp_path):
     assert found["losses"][1] < found["losses"][0] and found["questions"] == 2
     sizes = found["bytes"]
     assert sizes["base in NF4"] < sizes["the same in float32"] / 7.5
-    assert sizes["moments, 8-bit"] < 0.27 * sizes["moments, float32"]
+    assert sizes["moments, 8-bit"] < 0.3 * sizes["moments, float32"]

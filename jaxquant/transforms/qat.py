@@ -11,7 +11,7 @@ from jaxquant import matmul
 from jaxquant.errors import OptionError
 from jaxquant.format import Format, int8
 from jaxquant.learned import clipped, is_learned, plain, stepped, trained
-from jaxquant.params import is_bundle, is_matrix, quantize_params
+from jaxquant.params import is_matrix, quantize_params
 from jaxquant.qtensor import is_qtensor
 from jaxquant.quantizers import Quantizer, as_quantizer
 from jaxquant.stats import Stats
@@ -143,10 +143,11 @@ def _with_masters(params: PyTree, quantizer: Quantizer, where: Where | None, sta
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_learned)
     learned = {path_name(path) for path, leaf in leaves if is_learned(leaf)}
     chosen = lambda path, array: path in learned or (where or is_matrix)(path, array)  # noqa: E731
-    still = jax.tree.map(lambda leaf: _still(plain(leaf)), params, is_leaf=is_bundle)
+    still = jax.tree.map(_still, params, is_leaf=lambda leaf: is_qtensor(leaf) or is_learned(leaf))
     qparams = quantize_params(still, quantizer, where=chosen, stats=stats)
     return _joined(lambda leaf, q: trained(leaf, q, quantizer.format), qparams, params)
 
 
 def _still(leaf: Any) -> Any:
-    return jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf
+    array = plain(leaf)
+    return jax.lax.stop_gradient(array) if isinstance(array, jax.Array) else array
