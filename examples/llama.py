@@ -51,25 +51,51 @@ class LlamaConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """The keys and values of one layer, in float."""
+
+    keys: HeadArray
+    values: HeadArray
+
+    @classmethod
+    def empty(cls, batch: int, length: int, heads: int, width: int) -> "LayerCache":
+        """Zeros, every buffer its own, so that the cache can be donated."""
+        return cls(*(jnp.zeros((batch, length, heads, width), jnp.float32) for _ in range(2)))
+
+    def append(self, keys: HeadArray, values: HeadArray, position: Int[Array, ""]) -> "LayerCache":
+        """Writes those of some tokens from `position` on."""
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, position, 0, 0))  # noqa: E731
+        return LayerCache(put(self.keys, keys), put(self.values, values))
+
+    def attend(self, queries: HeadArray, position: Int[Array, ""]) -> HeadArray:
+        """Attention of queries that begin at `position`."""
+        return attend(queries, self.keys, self.values, position)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The keys and values of the tokens so far: one pair of arrays per layer, of a length fixed in advance.
+    """What every layer remembers of the tokens so far, of a length fixed in advance.
 
     XLA on CPU updates each of them in place; a stack of layers, or heads before time, it would copy on every step.
     """
 
-    keys: tuple[HeadArray, ...]
-    values: tuple[HeadArray, ...]
+    layers: tuple[Any, ...]
     position: Int[Array, ""]
 
     @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, length: int) -> "KVCache":
-        """A cache with room for `length` tokens. What is written past its end overwrites the last ones."""
-        shape = (batch, length, config.kv_heads, config.head_width)
+    def empty(
+        cls, config: LlamaConfig, batch: int, length: int, layer: Callable[..., Any] = LayerCache.empty
+    ) -> "KVCache":
+        """A cache with room for `length` tokens. What is written past its end overwrites the last ones.
 
-        def blank() -> tuple[HeadArray, ...]:  # every buffer its own, so that the cache can be donated
-            return tuple(jnp.zeros(shape, jnp.float32) for _ in range(config.layers))
-
-        return cls(blank(), blank(), jnp.zeros((), jnp.int32))
+        Args:
+          config: of the model.
+          batch, length: how many texts, and of how many tokens.
+          layer: `(batch, length, heads, width)` to what one layer remembers; anything with `append` and `attend`.
+        """
+        layers = tuple(layer(batch, length, config.kv_heads, config.head_width) for _ in range(config.layers))
+        return cls(layers, jnp.zeros((), jnp.int32))
 
 
 def rope(x: HeadArray, positions: Int[Array, "time"], config: LlamaConfig) -> HeadArray:
@@ -117,11 +143,9 @@ class Attention(nn.Module):
         q = rope(heads("query", c.heads), positions, c)
         k = rope(heads("key", c.kv_heads), positions, c)
         v = heads("value", c.kv_heads)
-        if past is not None:
-            start = (0, position, 0, 0)
-            k, v = (jax.lax.dynamic_update_slice(old, new, start) for old, new in zip(past, (k, v), strict=True))
-        mixed = attend(q, k, v, position).reshape(batch, time, -1)
-        return nn.Dense(c.width, use_bias=False, name="output")(mixed), (k, v)
+        past = LayerCache(k, v) if past is None else past.append(k, v, position)
+        mixed = past.attend(q, position).reshape(batch, time, -1)
+        return nn.Dense(c.width, use_bias=False, name="output")(mixed), past
 
 
 class MLP(nn.Module):
@@ -170,15 +194,21 @@ class Llama(nn.Module):
         position = jnp.zeros((), jnp.int32) if cache is None else cache.position
         presents = []
         for layer in range(c.layers):
-            past = None if cache is None else (cache.keys[layer], cache.values[layer])
+            past = None if cache is None else cache.layers[layer]
             x, present = self.block(c, name=f"block_{layer}")(x, past, position)
             presents.append(present)
         x = nn.RMSNorm(c.norm_eps, name="norm")(x)
         logits = embed.attend(x) if c.tied else nn.Dense(c.vocab, use_bias=False, name="head")(x)
         if cache is not None:
-            keys, values = zip(*presents, strict=True)
-            cache = KVCache(keys, values, position + tokens.shape[1])
+            cache = KVCache(tuple(presents), position + tokens.shape[1])
         return logits, cache
+
+
+def first_blocks(config: LlamaConfig, params: Any, count: int) -> tuple[LlamaConfig, Any]:
+    """The model cut off after some blocks: nonsense of the right shapes, for a quick look at what runs on it."""
+    later = {f"block_{layer}" for layer in range(count, config.layers)}
+    kept = {name: tree for name, tree in params["params"].items() if name not in later}
+    return dataclasses.replace(config, layers=count), {"params": kept}
 
 
 def generate_step(

@@ -3,7 +3,7 @@
 python examples/qat_smollm2.py               3 bits in groups of 32; a quarter of an hour on 2 cores
 python examples/qat_smollm2.py --bits 2      2 bits
 python examples/qat_smollm2.py --steps 2000 --accumulate 4 --window 512 --remat      hours, and better
-python examples/qat_smollm2.py --smoke       two steps on a few tokens
+python examples/qat_smollm2.py --smoke       two steps of two blocks on a few tokens
 
     loss = KL( softmax(float logits) || softmax(logits of the quantized model) )      over CPython's documentation
 
@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 import texts
 from command_line import ended
 from flax import linen as nn
-from llama import Block, Llama
+from llama import Block, Llama, first_blocks
 from llama_gguf import fetch_smollm2, load_llama, load_tokenizer
 from rich.console import Console
 from rich.progress import track
@@ -73,6 +73,8 @@ def prepare(options: argparse.Namespace) -> Task:
     """Loads the model and the texts."""
     path = fetch_smollm2()
     (config, params), tokenizer = load_llama(path), load_tokenizer(path)
+    if options.smoke:
+        config, params = first_blocks(config, params, 2)
     model = Llama(config, nn.remat(Block) if options.remat else Block)
     held_out, lessons = texts.documentation(tokenizer)
     count, length = (1, 64) if options.smoke else (texts.HELD_OUT, texts.WINDOW)
@@ -229,7 +231,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--show", type=int, default=20, help="steps between lines of progress (default: 20)")
     parser.add_argument("--checkpoints", type=Path, help="where they are kept (default: ~/.cache/jaxquant)")
     parser.add_argument("--out", type=Path, help="where results are kept (default: docs; of --smoke, nowhere)")
-    parser.add_argument("--smoke", action="store_true", help="two steps on a few tokens, to see that it runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps of two blocks on a few tokens, to see that it runs"
+    )
     options = parser.parse_args(arguments)
     if options.smoke:
         options.steps, options.window, options.accumulate, options.show = 2, 32, 2, 1

@@ -1,7 +1,7 @@
 """SmolLM2-135M in NF4 learns ten facts about an island that does not exist, by adapters of 5 % of its parameters.
 
 python examples/qlora_smollm2.py             five minutes on 2 cores
-python examples/qlora_smollm2.py --smoke     two steps on two facts, to see that it runs
+python examples/qlora_smollm2.py --smoke     two steps of two blocks on two facts, to see that it runs
 
 The base stays in codes, scales in 8 bits; LoRA adapters train with an optimizer whose moments take a byte each. Each
 fact is taught in three wordings and asked for in a fourth. Answers before and after are shown, and what it all takes.
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from command_line import ended
-from llama import Llama
+from llama import Llama, first_blocks
 from llama_gguf import chat_prompt, fetch_smollm2, load_llama, load_tokenizer
 from rich.console import Console
 from rich.progress import track
@@ -173,6 +173,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     facts = FACTS[:2] if options.smoke else FACTS
     path = fetch_smollm2()
     (config, params), tokenizer = load_llama(path), load_tokenizer(path)
+    if options.smoke:
+        config, params = first_blocks(config, params, 2)
     model = jq.quantized(Llama(config).apply, activations=None)
     codes = jq.double_quantize(jq.quantize_params(params, NF4, where=is_kernel))
     adapters, base = jq.split_lora(jq.add_lora(codes, RANK, key=jax.random.key(0), where=is_kernel))
@@ -273,7 +275,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=6, help="answers in each (default: 6)")
     parser.add_argument("--show", type=int, default=10, help="steps between lines of progress (default: 10)")
     parser.add_argument("--out", type=Path, help="where results are kept (default: docs; of --smoke, nowhere)")
-    parser.add_argument("--smoke", action="store_true", help="two steps on two facts, to see that it runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps of two blocks on two facts, to see that it runs"
+    )
     options = parser.parse_args(arguments)
     if options.smoke:
         options.steps, options.batch, options.show = 2, 2, 1

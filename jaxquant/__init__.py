@@ -1,5 +1,6 @@
 """jaxquant: pure-functional quantization for JAX."""
 
+from jaxquant.cache import KVCache as KVCache
 from jaxquant.encode import fake_quantize as fake_quantize
 from jaxquant.encode import quantize as quantize
 from jaxquant.evaluate import Divergence as Divergence

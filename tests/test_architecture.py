@@ -25,6 +25,7 @@ LAYERS = {
     "matmul": 5,
     "quantizers": 5,
     "adapter": 4,
+    "cache": 5,
     "learned": 5,
     "matrices": 6,
     "params": 7,

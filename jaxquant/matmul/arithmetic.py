@@ -16,18 +16,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8, Int32
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxquant.encode import Axes, quantize
 from jaxquant.format import Format, int8
+from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot
 from jaxquant.qtensor import Kept, QTensor, decode
 
 INTEGER = "int8 x int8 -> int32"
 WEIGHT_ONLY = "weight-only"
 FLOAT = "float"
 
-# |activation code| <= 128 and |code - zero| <= 255: longer sums could overflow an int32.
-LONGEST = (2**31 - 1) // (128 * 255)
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
 # Up to this many rows three int8 digits of the activations are cheaper than decoding the weight.
@@ -114,7 +113,7 @@ def digits(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
         return functools.reduce(operator.add, map(operator.mul, scales, parts))
 
     def as_floats(x, q):
-        return _batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
+        return batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
 
     return jax.lax.platform_dependent(x, q, cpu=as_digits, default=as_floats)
 
@@ -161,7 +160,7 @@ def split_kept(x: Float[Array, "B M K"], kept: Kept | None) -> tuple[Array, Floa
     mask, blocks = jnp.swapaxes(kept.mask, 1, 2), kept.rows.shape[1]
     taken = jnp.where(mask, x, 0.0).reshape(*x.shape[:2], blocks, x.shape[2] // blocks).sum(-1)
     rows = jnp.broadcast_to(kept.rows, (x.shape[0], *kept.rows.shape[1:]))
-    return jnp.where(mask, 0.0, x), _batched_dot(taken[:, None], rows[:, None], jnp.float32)[:, 0]
+    return jnp.where(mask, 0.0, x), batched_dot(taken[:, None], rows[:, None], jnp.float32)[:, 0]
 
 
 def split_outliers(x: Float[Array, "B M K"], count: int) -> tuple[Array, list[tuple[Array, Array]]]:
@@ -200,7 +199,7 @@ def _codes_dot(codes: Int8[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]
     codes, q = _split_long(codes, q)
     (b, m, k), n, groups = codes.shape, q.shape[2], q.scale.shape[1]
     x = jnp.swapaxes(codes.reshape(b, m, groups, k // groups), 1, 2)
-    total = _int8_dot(x, q.codes.astype(jnp.int8).reshape(b, groups, k // groups, n))
+    total = integer_dot(x, q.codes.reshape(b, groups, k // groups, n))
     if q.zero is not None:
         zero = q.zero.astype(jnp.int32)[:, :, None, :]
         total = total - zero * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True)
@@ -220,24 +219,3 @@ def _split_long(codes: Int8[Array, "B M K"], q: QTensor) -> tuple[Array, QTensor
     weights = jnp.pad(weights, ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(b, -1, q.shape[2])
     scale, zero = jax.tree.map(lambda part: jnp.repeat(part, pieces, axis=1), (q.scale, q.zero))
     return grouped.reshape(b, m, -1), dataclasses.replace(q, codes=weights, scale=scale, zero=zero)
-
-
-def _int8_dot(x: Int8[Array, "B G M k"], w: Int8[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
-    """The integer matmul; one row is padded to two on CPU, where a mat-vec would widen the whole weight first."""
-    if x.shape[2] != 1:
-        return _batched_dot(x, w, jnp.int32)
-
-    def padded(x, w):
-        return _batched_dot(jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))), w, jnp.int32)[:, :, :1]
-
-    return jax.lax.platform_dependent(x, w, cpu=padded, default=lambda x, w: _batched_dot(x, w, jnp.int32))
-
-
-def _batched_dot(x: Array, w: Array, dtype) -> Array:
-    """`x[B, G, M, k] @ w[B, G, k, N]`, without the batch axes that are 1: XLA's fast paths look for plain matrices."""
-    lead = [n for n in x.shape[:2] if n != 1]
-    x2, w2 = x.reshape(*lead, *x.shape[2:]), w.reshape(*lead, *w.shape[2:])
-    batch = tuple(range(len(lead)))
-    numbers = (((len(lead) + 1,), (len(lead),)), (batch, batch))
-    out = jax.lax.dot_general(x2, w2, numbers, preferred_element_type=dtype)
-    return out.reshape(*x.shape[:3], w.shape[3])

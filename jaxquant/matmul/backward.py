@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import LONGEST
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import Dot
+from jaxquant.matmul.integers import LONGEST
 from jaxquant.qtensor import QTensor
 
 
@@ -38,16 +38,18 @@ class Backward:
 
 def apply_with(dot: Dot, backward: Backward, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
     """The product, whose derivative is taken in integers where that is possible."""
-    if q.master is None or not _is_plain(dot, q):
+    if q.master is None or not _is_plain(dot, x, q):
         return apply(dot, x, q)
     codes = dataclasses.replace(q, master=None)
     return _product(dot, backward.format, x, q.master, codes, backward.key)
 
 
-def _is_plain(dot: Dot, q: QTensor) -> bool:
-    weight = None if not q.is_integer else jax.eval_shape(dot.matrices, q)
-    plain = weight is not None and weight.scale.shape[1] == 1 and weight.shape[2] <= LONGEST
-    return plain and q.zero is None and not q.transform and q.kept is None
+def _is_plain(dot: Dot, x: Array, q: QTensor) -> bool:
+    """Whether all sums are of whole numbers that an int32 can hold, with scales that stay outside of them."""
+    if not q.is_integer or q.zero is not None or q.transform or q.kept is not None:
+        return False
+    weight, rows = jax.eval_shape(dot.matrices, q), jax.eval_shape(dot.tokens, x).shape[1]
+    return weight is not None and weight.scale.shape[1] == 1 and max(rows, weight.shape[2]) <= LONGEST
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

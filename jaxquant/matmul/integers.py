@@ -1,0 +1,56 @@
+"""Exact integer matmuls of codes, in the forms that XLA has fast kernels for.
+
+    sums = x @ w      int8 x int8 -> int32 in every group of every matrix
+
+XLA on CPU reaches its library only where both sides of an int8 product have two rows or more, and unpacks 4- and 2-bit
+arrays an element at a time. There a single row is padded to two, and packed codes are read as bytes: a byte holds
+neighbouring outputs, which two shifts tell apart.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int8, Int32, Shaped
+
+# |activation code| <= 128 and |code - zero| <= 255: longer sums could overflow an int32.
+LONGEST = (2**31 - 1) // (128 * 255)
+# A matmul for each place in a byte pays from this many outputs on.
+_WIDE = 256
+
+
+def integer_dot(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
+    """The product of the codes of activations and those of weights in any integer container."""
+
+    def on_cpu(x, w):
+        rows = x.shape[2]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) if rows == 1 else x
+        return _by_bytes(x, w)[:, :, :rows]
+
+    return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=_widened)
+
+
+def _widened(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
+    return batched_dot(x, w.astype(jnp.int8), jnp.int32)
+
+
+def _by_bytes(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
+    """Packed codes as the bytes they lie in, one matmul for each place in a byte."""
+    bits = jnp.iinfo(w.dtype).bits
+    packed = 8 // bits
+    if packed == 1 or w.shape[-1] % packed or w.shape[-1] < packed * _WIDE:
+        return _widened(x, w)
+    pairs = w.reshape(*w.shape[:-1], w.shape[-1] // packed, packed)
+    held = jax.lax.bitcast_convert_type(pairs, jnp.int8)
+    # The place's bits to the top of the byte, and back down with their sign.
+    places = [(held << (8 - bits * (place + 1))) >> (8 - bits) for place in range(packed)]
+    outs = [batched_dot(x, codes, jnp.int32) for codes in places]
+    return jnp.stack(outs, axis=-1).reshape(*x.shape[:3], w.shape[-1])
+
+
+def batched_dot(x: Array, w: Array, dtype) -> Array:
+    """`x[B, G, M, k] @ w[B, G, k, N]`, without the batch axes that are 1: XLA's fast paths look for plain matrices."""
+    lead = [n for n in x.shape[:2] if n != 1]
+    x2, w2 = x.reshape(*lead, *x.shape[2:]), w.reshape(*lead, *w.shape[2:])
+    batch = tuple(range(len(lead)))
+    numbers = (((len(lead) + 1,), (len(lead),)), (batch, batch))
+    out = jax.lax.dot_general(x2, w2, numbers, preferred_element_type=dtype)
+    return out.reshape(*x.shape[:3], w.shape[3])

@@ -1,0 +1,130 @@
+"""The cache of keys and values in codes: what it stores, and that attention over it is attention over what it reads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import normal
+from tables import same
+
+import jaxquant as jq
+from jaxquant.errors import FormatError
+
+FORMATS = {
+    "int8": jq.int8,
+    "int8-affine": jq.int8(symmetric=False),
+    "int4": jq.int4,
+    "int4-affine": jq.int4(symmetric=False),
+    "int4-group": jq.int4(group=8, symmetric=False),
+}
+BATCH, LENGTH, HEADS, SHARED, WIDTH = 2, 12, 3, 2, 16
+
+every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+
+
+def filled(format, time=8, start=0):
+    """A cache with some random tokens in it, and those tokens."""
+    keys, values = normal(BATCH, time, HEADS, WIDTH, seed=1), 3 * normal(BATCH, time, HEADS, WIDTH, seed=2)
+    cache = jq.KVCache.empty(BATCH, LENGTH, HEADS, WIDTH, format)
+    return jax.jit(jq.KVCache.append)(cache, keys, values, start), keys, values
+
+
+def attention(queries, keys, values, position):
+    """Grouped-query attention in float64, query by query."""
+    queries, keys, values = (np.asarray(a, np.float64) for a in (queries, keys, values))
+    out = np.zeros(queries.shape)
+    for b, t, h in np.ndindex(*queries.shape[:3]):
+        seen = position + t + 1
+        scores = keys[b, :seen, h // SHARED] @ queries[b, t, h] / np.sqrt(queries.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ values[b, :seen, h // SHARED]
+    return out
+
+
+@every_format
+def test_what_is_appended_is_what_can_be_read(format):
+    """Law: each number is within half a step of its (shifted, rotated) token, and other places are as they were."""
+    cache, keys, values = filled(format, time=5, start=3)
+    assert same(jax.tree.map(lambda part: part[:, 3:8], cache.values), jq.quantize(values, format, axis=-1))
+    read = cache.read()[0]
+    # A rotation keeps lengths, so half a step in each rotated number is at most that times the root of the width.
+    worst = 0.51 * np.max(np.asarray(cache.keys.scale)[:, 3:8], axis=-1, keepdims=True) * np.sqrt(WIDTH)
+    assert np.all(np.linalg.norm(read[:, 3:8] - keys, axis=-1, keepdims=True) <= worst)
+    rest = [np.delete(np.asarray(part), range(3, 8), axis=1) for part in cache.read()]
+    assert np.all(rest[0] == 0) and np.all(rest[1] == 0)
+
+
+@every_format
+def test_token_by_token_is_all_at_once(format):
+    """Law: after a prompt, tokens one by one or together leave the same cache: the first ones alone set the shift."""
+    prompt, keys, values = filled(format, time=3)
+    together = jax.jit(jq.KVCache.append)(prompt, keys, values, 3)
+
+    def one(cache, token):
+        k, v, i = token
+        return cache.append(k[:, None], v[:, None], i), None
+
+    moved = (jnp.moveaxis(keys, 1, 0), jnp.moveaxis(values, 1, 0), 3 + jnp.arange(3))
+    assert same(jax.lax.scan(one, prompt, moved)[0], together)
+
+
+def test_what_all_keys_share_costs_nothing():
+    """Law: a constant added to all keys changes no attention, and here no code either, however large it is."""
+    format = jq.int4(symmetric=False)
+    cache, keys, values = filled(format)
+    moved = jq.KVCache.empty(BATCH, LENGTH, HEADS, WIDTH, format).append(keys + 64.0, values, 0)
+    queries = normal(BATCH, 1, HEADS * SHARED, WIDTH, seed=5)
+    np.testing.assert_allclose(moved.attend(queries, 7), cache.attend(queries, 7), atol=0.02)
+
+
+@every_format
+@pytest.mark.parametrize("time, position", [(1, 7), (3, 5), (8, 0)])
+def test_attention_over_codes_is_attention_over_what_they_stand_for(format, time, position):
+    """Law: attend(q) == softmax(q read_k^T) read_v in float64, causal, with shared heads."""
+    cache, _, _ = filled(format)
+    queries = normal(BATCH, time, HEADS * SHARED, WIDTH, seed=5)
+    found = jax.jit(jq.KVCache.attend)(cache, queries, position)
+    np.testing.assert_allclose(found, attention(queries, *cache.read(), position), rtol=2e-5, atol=2e-5)
+
+
+@given(length=st.integers(1, 9), heads=st.integers(1, 3), width=st.sampled_from([2, 8, 10]), seed=st.integers(0, 9))
+@settings(max_examples=15, deadline=None)
+def test_any_shape(length, heads, width, seed):
+    """Keys and values of any shape come back within 1 % of their length, also where a head is no power of two wide."""
+    keys, values = normal(1, length, heads, width, seed=seed), normal(1, length, heads, width, seed=seed + 10)
+    cache = jq.KVCache.empty(1, length, heads, width).append(keys, values, 0)
+    spread = np.linalg.norm(keys - cache.shift, axis=-1)
+    off = [np.linalg.norm(read - x, axis=-1) for x, read in zip((keys, values), cache.read(), strict=True)]
+    assert np.all(off[0] <= 0.01 * np.sqrt(width) * spread + 1e-6)
+    assert np.all(off[1] <= 0.01 * np.sqrt(width) * np.linalg.norm(values, axis=-1))
+
+
+def test_bytes_and_dtypes():
+    """Codes are packed: a quarter and an eighth of float32, and a scale for each token and head."""
+    numbers, shift = 2 * BATCH * LENGTH * HEADS * WIDTH, 4 * BATCH * HEADS * WIDTH
+    sizes = {name: jq.KVCache.empty(BATCH, LENGTH, HEADS, WIDTH, format).nbytes for name, format in FORMATS.items()}
+    assert sizes["int8"] == numbers + numbers // WIDTH * 4 + shift
+    assert sizes["int4"] == numbers // 2 + numbers // WIDTH * 4 + shift
+    bf16 = jq.KVCache.empty(1, 4, 1, 8, dtype=jnp.bfloat16)
+    assert all(part.dtype == jnp.bfloat16 for part in bf16.read())
+    queries = normal(1, 1, 1, 8).astype(jnp.bfloat16)
+    assert bf16.append(queries, queries, 0).attend(queries, 0).dtype == jnp.bfloat16
+
+
+@every_format
+def test_a_donated_cache_is_updated_in_place(format):
+    step = jax.jit(jq.KVCache.append, donate_argnums=0)
+    cache, keys, values = filled(format)
+    old = cache.keys.codes
+    cache = step(cache, keys[:, :1], values[:, :1], 8)
+    assert old.is_deleted()
+    compiled = step.lower(cache, keys[:, :1], values[:, :1], 8).compile().memory_analysis()
+    assert compiled.alias_size_in_bytes > 0.9 * compiled.output_size_in_bytes - 1024
+
+
+@pytest.mark.parametrize("format", [jq.fp8, jq.nf4, jq.int8(per_channel=False)])
+def test_other_formats_are_errors(format):
+    with pytest.raises(FormatError, match="scale per token and head"):
+        jq.KVCache.empty(1, 4, 1, 16, format)
