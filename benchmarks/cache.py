@@ -35,6 +35,7 @@ CACHES = {
     "int8": functools.partial(jq.KVCache.empty, format=jq.int8),
     "int4 affine": functools.partial(jq.KVCache.empty, format=jq.int4(symmetric=False)),
     "int4 g32 affine": functools.partial(jq.KVCache.empty, format=jq.int4(group=32, symmetric=False)),
+    "int4 g16 affine": functools.partial(jq.KVCache.empty, format=jq.int4(group=16, symmetric=False)),
 }
 
 

@@ -6,6 +6,7 @@ python examples/smollm2.py --formats int8,int4 --prompt "Why is the sky blue?" -
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from command_line import ended
-from llama import KVCache, Llama, LlamaConfig, generate_step
+from llama import KVCache, LayerCache, Llama, LlamaConfig, generate_step
 from llama_gguf import InputError, chat_prompt, fetch_smollm2, load_llama, load_tokenizer, stream
 from rich.console import Console, Group
 from rich.live import Live
@@ -40,6 +41,12 @@ FORMATS = {
 ARITHMETIC = {"activations": jq.int8(symmetric=False), "outliers": 1}
 WINDOW = 512
 CACHE = 640
+# What a layer remembers keys and values in.
+CACHES = {
+    "float32": LayerCache.empty,
+    "int8": functools.partial(jq.KVCache.empty, format=jq.int8),
+    "int4": functools.partial(jq.KVCache.empty, format=jq.int4(group=16, symmetric=False)),
+}
 ANSWER = 100
 DECODE_STEPS = 16
 
@@ -81,7 +88,7 @@ class Score:
     seconds: float
 
 
-def prepare(name: str, config: LlamaConfig, params: Any) -> Contender:
+def prepare(name: str, config: LlamaConfig, params: Any, layer: Callable[..., Any]) -> Contender:
     """Quantizes the model, compiles its two programs (a whole window, one token) and times the second."""
     apply = Llama(config).apply
     if (chosen := FORMATS[name]) is not None:
@@ -90,7 +97,7 @@ def prepare(name: str, config: LlamaConfig, params: Any) -> Contender:
     step = jax.jit(lambda params, tokens, cache: generate_step(apply, params, tokens, cache), donate_argnums=2)
 
     def empty_cache() -> KVCache:
-        return KVCache.empty(config, 1, CACHE)
+        return KVCache.empty(config, 1, CACHE, layer)
 
     jax.block_until_ready(forward(params, jnp.zeros((1, WINDOW), jnp.int32)))
     token, cache = step(params, jnp.zeros((1, 1), jnp.int32), empty_cache())
@@ -203,6 +210,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, metavar="FILE", help="another Llama-architecture GGUF file")
     parser.add_argument("--text", type=Path, metavar="FILE", help="what to score on (default: pydoc_data.topics)")
     parser.add_argument("--windows", type=int, default=8, metavar="N", help=f"of {WINDOW} tokens each (default: 8)")
+    parser.add_argument("--cache", choices=CACHES, default="float32", help="the cache's format (default: float32)")
     parser.add_argument("--prompt", default="What is quantization good for?", help="what to ask the int8 model")
     parser.add_argument(
         "--formats", type=formats, default=list(FORMATS), metavar="A,B", help=f"some of {', '.join(FORMATS)}"
@@ -219,7 +227,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         tokenizer = load_tokenizer(path)
     windows = text_windows(tokenizer, text, options.windows)
     names = track(options.formats, "Quantizing and compiling", console=console, transient=True)
-    contenders = [prepare(name, config, params) for name in names]
+    contenders = [prepare(name, config, params, CACHES[options.cache]) for name in names]
     show_table(contenders, windows, console)
     speaker = next((contender for contender in contenders if contender.name == "int8"), contenders[-1])
     console.print(f"\n[bold]{options.prompt}[/bold]  [dim]({speaker.name})[/dim]")
