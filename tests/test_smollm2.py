@@ -134,7 +134,7 @@ def test_decoding_with_a_cache_in_codes_is_nearly_the_forward(name):
         logits, cache = apply(params, tokens[:, index : index + 1], cache)
         pieces.append(logits)
     off = jnp.linalg.norm(jnp.concatenate(pieces, axis=1) - whole) / jnp.linalg.norm(whole)
-    # An int4 token's numbers are rounded by 1/15 of their range over sqrt(12), about 8 % of their spread, twice a layer.
+    # An int4 token's numbers are rounded by 1/15 of their range over sqrt(12), 8 % of their spread, twice a layer.
     assert 0 < off < {"int8": 0.01, "int4": 0.2}[name]
 
 
