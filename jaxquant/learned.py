@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.adapter import is_adapted
 from jaxquant.encode import with_master, write
+from jaxquant.errors import OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 
@@ -70,12 +71,19 @@ class Clipped:
 
 def stepped(weight: Float[Array, "..."], q: QTensor) -> Stepped:
     """A weight that starts from the steps of its codes."""
+    _check_own(q)
     return Stepped(weight, *_grid_of(q))
 
 
 def clipped(weight: Float[Array, "..."], q: QTensor) -> Clipped:
     """A weight that starts from the range of its codes."""
+    _check_own(q)
     return Clipped(weight, jnp.ones_like(q.scale))
+
+
+def _check_own(q: QTensor) -> None:
+    if q.transform or q.kept is not None:
+        raise OptionError(f"{q!r}: ranges are learned of a weight itself, not of a rotated, rescaled or split one.")
 
 
 def is_learned(leaf: Any) -> bool:
@@ -96,6 +104,7 @@ def rewritten(leaf: Any, q: QTensor, format: Format) -> Any:
         return dataclasses.replace(leaf, base=q)
     if not is_learned(leaf):
         return q
+    _check_own(q)
     scale, zero = leaf.grid(q, format)
     return write(leaf.weight.astype(jnp.float32), scale, zero, format).astype(q.dtype)
 
@@ -115,4 +124,5 @@ def trained(leaf: Any, q: QTensor, format: Format) -> QTensor:
 
 
 def _grid_of(q: QTensor) -> Grid:
+    """The scale and zero point of codes that are those of the weight itself."""
     return q.scale, jnp.zeros_like(q.scale) if q.zero is None else q.zero.astype(jnp.float32)

@@ -17,6 +17,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxquant.errors import OptionError
+
 _BLOCK = 256
 # Shorter blocks than this are not worth a scale.
 _SHORTEST = 16
@@ -72,6 +74,9 @@ def adamw8bit(
 
     Returns:
       A transformation whose `update` needs the parameters.
+
+    Raises:
+      OptionError: `update` was called without them.
     """
 
     def init(params: PyTree) -> Adam8bitState:
@@ -81,7 +86,9 @@ def adamw8bit(
         first, second = zeros(_SIGNED), zeros(_UNSIGNED)
         return Adam8bitState(jnp.zeros((), jnp.int32), first, second)
 
-    def update(gradients: PyTree, state: Adam8bitState, params: PyTree) -> tuple[PyTree, Adam8bitState]:
+    def update(gradients: PyTree, state: Adam8bitState, params: PyTree = None) -> tuple[PyTree, Adam8bitState]:
+        if params is None:
+            raise OptionError("adamw8bit decays parameters: give them, update(gradients, state, params).")
         count = state.step + 1
         rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
         first, second = _expanded(state.first, _SIGNED), _expanded(state.second, _UNSIGNED)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tables import same
 
 import jaxquant as jq
+from jaxquant.errors import OptionError
 from jaxquant.optim import _SIGNED, _UNSIGNED, Blocks, block_of, compress, expand
 
 
@@ -153,3 +154,9 @@ def test_states_can_be_donated():
     step = jax.jit(lambda state, params: optimizer.update(gradient, state, params), donate_argnums=0)
     _, state = step(optimizer.init(gradient), gradient)
     assert int(step(state, gradient)[1].step) == 2
+
+
+def test_an_update_without_parameters_is_an_error():
+    optimizer, gradient = jq.adamw8bit(1e-3), {"w": jnp.ones((4, 4))}
+    with pytest.raises(OptionError, match="give them"):
+        optimizer.update(gradient, optimizer.init(gradient))

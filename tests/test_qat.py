@@ -18,7 +18,7 @@ from models import MODELS, WIDTH, normal, quickly_jitted, weight
 from tables import FORMATS, same, table
 
 import jaxquant as jq
-from jaxquant.errors import NoMatchError, OptionError
+from jaxquant.errors import FormatError, NoMatchError, OptionError
 from jaxquant.learned import Clipped, Stepped
 from jaxquant.trace import path_name
 
@@ -409,3 +409,17 @@ def test_gradients_that_cannot_be_are_errors():
     for options in ({"gradients": jq.int8}, {"gradients": jq.int4(group=8), "key": jax.random.key(0)}):
         with pytest.raises(OptionError, match="gradients"):
             jq.qat(mlp, **options)
+
+
+def test_ranges_and_widths_that_cannot_be_are_errors():
+    rotated = jq.rotated(jq.rtn(jq.int4(group=8)))
+    for learn in (jq.learn_steps, jq.learn_clips):
+        with pytest.raises(OptionError, match="of a weight itself"):
+            learn(MLP, rotated)
+        with pytest.raises(OptionError, match="of a weight itself"):
+            jq.qat(mlp, rotated)(learn(MLP, jq.int4(group=8)), normal(2, WIDTH))
+    for bits in (1, 9):
+        with pytest.raises(FormatError, match="from 2 to the 8 bits"):
+            jq.at_bits(bits)
+    with pytest.raises(FormatError, match="up or down"):
+        jq.stochastic(jq.nf4, jax.random.key(0))

@@ -32,6 +32,8 @@ class at_bits:
     def __post_init__(self):
         if not (self.format.is_integer and self.format.symmetric):
             raise FormatError(f"at_bits({self.format}): a width is varied within symmetric integers.")
+        if isinstance(self.bits, int) and not 2 <= self.bits <= self.format.bits:
+            raise FormatError(f"at_bits({self.bits}): a width is from 2 to the {self.format.bits} bits of the format.")
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix."""
