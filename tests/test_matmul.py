@@ -21,6 +21,7 @@ from tables import as_shipped
 
 import jaxquant as jq
 from jaxquant.errors import FormatError
+from jaxquant.matmul.integers import integer_dot
 
 INTEGER = "int8 x int8 -> int32"
 
@@ -550,3 +551,15 @@ def test_picked_matrices_stay_in_codes(format):
     assert np.isnan(out[2]).all()
     assert close(out[np.array(served)], np.einsum("td,tdf->tf", rounded(x[served], jq.int8, (1,)), experts), 2e-6)
     assert [row.arithmetic for row in jq.explain(fn, q, chosen, x).meetings] == [INTEGER]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype, outputs", [(jnp.int8, 64), (jnp.int4, 512), (jnp.int4, 515), (jnp.int2, 1024)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_products_of_packed_codes_are_exact(rows, dtype, outputs, groups):
+    """Law: read as bytes or unpacked, padded or not, the sums are those of whole numbers."""
+    info, random = jnp.iinfo(dtype), np.random.default_rng(0)
+    x = random.integers(-127, 128, (2, groups, rows, 24))
+    w = random.integers(int(info.min), int(info.max) + 1, (2, groups, 24, outputs))
+    found = jax.jit(integer_dot)(jnp.asarray(x, jnp.int8), jnp.asarray(w, jnp.int8).astype(dtype))
+    assert np.array_equal(found, np.einsum("bgmk,bgkn->bgmn", x, w))

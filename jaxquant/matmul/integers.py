@@ -19,11 +19,14 @@ _WIDE = 256
 
 def integer_dot(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
     """The product of the codes of activations and those of weights in any integer container."""
+    rows, packed = x.shape[2], 8 // jnp.iinfo(w.dtype).bits
+    by_bytes = packed > 1 and w.shape[-1] % packed == 0 and w.shape[-1] >= packed * _WIDE
+    if rows > 1 and not by_bytes:
+        return _widened(x, w)
 
     def on_cpu(x, w):
-        rows = x.shape[2]
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) if rows == 1 else x
-        return _by_bytes(x, w)[:, :, :rows]
+        return (_by_bytes if by_bytes else _widened)(x, w)[:, :, :rows]
 
     return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=_widened)
 
@@ -36,8 +39,6 @@ def _by_bytes(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[A
     """Packed codes as the bytes they lie in, one matmul for each place in a byte."""
     bits = jnp.iinfo(w.dtype).bits
     packed = 8 // bits
-    if packed == 1 or w.shape[-1] % packed or w.shape[-1] < packed * _WIDE:
-        return _widened(x, w)
     pairs = w.reshape(*w.shape[:-1], w.shape[-1] // packed, packed)
     held = jax.lax.bitcast_convert_type(pairs, jnp.int8)
     # The place's bits to the top of the byte, and back down with their sign.
