@@ -24,7 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import texts
-from llama import KVCache, LayerCache, Llama
+from llama import KVCache, LayerCache, Llama, generate_step
 from llama_gguf import fetch_smollm2, load_llama, load_tokenizer
 
 import jaxquant as jq
@@ -61,11 +61,7 @@ def losses(apply: Callable[..., Any], params: Any, windows: np.ndarray, empty: C
 def seconds_a_token(apply: Callable[..., Any], params: Any, empty: Callable[[], KVCache]) -> float:
     """The median time of one token, the cache updated in place."""
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def step(params: Any, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        logits, cache = apply(params, token, cache)
-        return jnp.argmax(logits[:, -1:], -1).astype(jnp.int32), cache
-
+    step = jax.jit(functools.partial(generate_step, apply), donate_argnums=2)
     token, cache = step(params, jnp.zeros((1, 1), jnp.int32), empty())
     times = []
     for _ in range(STEPS):

@@ -23,7 +23,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from llama import Llama
+from llama import Llama, is_kernel
 from llama_gguf import fetch_smollm2, load_llama
 
 import jaxquant as jq
@@ -40,12 +40,6 @@ QUANTIZERS = {
 LOAD, CALIBRATE = "load the float model", f"calibrate, {WINDOWS} x {WINDOW} tokens"
 STEPS = (LOAD, "rtn", "rtn, least squares", CALIBRATE, "gptq", "rotated(gptq)", "awq(gptq)")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-
-
-def is_kernel(path: str, array: Any) -> bool:
-    """The matrices of the blocks."""
-    del array
-    return "kernel" in path
 
 
 def take(step: str) -> dict[str, float]:

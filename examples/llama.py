@@ -204,6 +204,12 @@ class Llama(nn.Module):
         return logits, cache
 
 
+def is_kernel(path: str, array: Any) -> bool:
+    """The matrices of the blocks, for `where`: not the embedding, and no norm."""
+    del array
+    return "kernel" in path
+
+
 def first_blocks(config: LlamaConfig, params: Any, count: int) -> tuple[LlamaConfig, Any]:
     """The model cut off after some blocks: nonsense of the right shapes, for a quick look at what runs on it."""
     later = {f"block_{layer}" for layer in range(count, config.layers)}

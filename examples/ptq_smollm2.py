@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import texts
 from command_line import ended
-from llama import Llama
+from llama import Llama, is_kernel
 from llama_gguf import fetch_smollm2, load_llama, load_tokenizer
 from ptq_tables import markdown, plot, show
 from rich.console import Console
@@ -140,12 +140,6 @@ class Bench:
     calibration: Callable[[str], list[jax.Array]]
     stats: Callable[[str], dict[str, jq.Stats]]
     reference: dict[str, list[jax.Array]]
-
-
-def is_kernel(path: str, array: Any) -> bool:
-    """The matrices of the blocks."""
-    del array
-    return "kernel" in path
 
 
 def prepare(windows: int, length: int, scored: int, console: Console) -> Bench:

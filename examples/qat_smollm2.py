@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 import texts
 from command_line import ended
 from flax import linen as nn
-from llama import Block, Llama, first_blocks
+from llama import Block, Llama, first_blocks, is_kernel
 from llama_gguf import fetch_smollm2, load_llama, load_tokenizer
 from rich.console import Console
 from rich.progress import track
@@ -44,12 +44,6 @@ CACHE = Path.home() / ".cache" / "jaxquant"
 GROUP, CALIBRATION = 32, 16
 # Learning rates of weights and of steps: what two bits can be moved by is more than three bits can bear.
 RATES = {3: (3e-5, 1e-4), 2: (1e-4, 3e-4)}
-
-
-def is_kernel(path: str, array: Any) -> bool:
-    """The matrices of the blocks."""
-    del array
-    return "kernel" in path
 
 
 def only_learned(path: str, array: Any) -> bool:

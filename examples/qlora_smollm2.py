@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from command_line import ended
-from llama import Llama, first_blocks
+from llama import Llama, first_blocks, is_kernel
 from llama_gguf import chat_prompt, fetch_smollm2, load_llama, load_tokenizer
 from rich.console import Console
 from rich.progress import track
@@ -132,12 +132,6 @@ FACTS = (
         "What goods are exported by Varnholm?",
     ),
 )
-
-
-def is_kernel(path: str, array: Any) -> bool:
-    """The matrices of the blocks."""
-    del array
-    return path.endswith("kernel")
 
 
 def lessons(tokenizer: Tokenizer, facts: tuple[Fact, ...]) -> tuple[np.ndarray, np.ndarray]:
