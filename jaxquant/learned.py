@@ -113,7 +113,14 @@ def trained(leaf: Any, q: QTensor, format: Format) -> QTensor:
     """Codes with a master: gradients go to the array, and to the parameters of its range where it has some.
 
     Where the input of a weight is transformed, its codes are not those of the array, and nothing counts as clipped.
+    Codes cannot hold a NaN and a maximum may swallow it: the scales of an array that is not finite are NaN.
     """
+    finite = jnp.all(jnp.isfinite(plain(leaf)))
+    q = _mastered(leaf, q, format)
+    return dataclasses.replace(q, scale=jnp.where(finite, q.scale, jnp.nan))
+
+
+def _mastered(leaf: Any, q: QTensor, format: Format) -> QTensor:
     if is_learned(leaf):
         scale, zero = leaf.grid(q, format)
         return with_master(rewritten(leaf, q, format), leaf.weight, scale, zero, format)

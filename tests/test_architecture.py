@@ -16,6 +16,7 @@ LAYERS = {
     "errors": 0,
     "format": 1,
     "trace": 1,
+    "noise": 1,
     "optim": 1,
     "stats": 1,
     "table": 1,

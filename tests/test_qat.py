@@ -18,7 +18,7 @@ from models import MODELS, WIDTH, normal, quickly_jitted, weight
 from tables import FORMATS, same, table
 
 import jaxquant as jq
-from jaxquant.errors import FormatError, NoMatchError, OptionError
+from jaxquant.errors import FormatError, NoMatchError, NonFiniteError, OptionError
 from jaxquant.learned import Clipped, Stepped
 from jaxquant.trace import path_name
 
@@ -423,3 +423,18 @@ def test_ranges_and_widths_that_cannot_be_are_errors():
             jq.at_bits(bits)
     with pytest.raises(FormatError, match="up or down"):
         jq.stochastic(jq.nf4, jax.random.key(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradients": jq.int8, "key": jax.random.key(0)}], ids=["float", "int8"])
+def test_an_empty_batch_has_gradients_of_zero(options):
+    gradient = jax.grad(lambda params: jnp.sum(jq.qat(mlp, **options)(params, jnp.zeros((0, WIDTH)))))(MLP)
+    assert all(np.all(g == 0) for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("weights", [jq.int8, jq.int4(group=8), jq.nf4(group=8), jq.rotated(jq.rtn(jq.int4))])
+def test_weights_that_have_become_nan_are_heard_of(weights):
+    """A training that diverged must not look like one that goes on: eagerly an error, compiled a NaN."""
+    params = MLP | {"w1": MLP["w1"].at[3, 2].set(jnp.nan)}
+    assert np.all(np.isnan(jax.jit(jq.qat(mlp, weights))(params, normal(2, WIDTH))))
+    with pytest.raises(NonFiniteError, match=r"w1\[3, 2\] is nan"):
+        jq.qat(mlp, weights)(params, normal(2, WIDTH))

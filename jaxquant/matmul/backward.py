@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jaxquant.format import Format
+from jaxquant.matmul.arithmetic import quantize_tokens
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import Dot
 from jaxquant.matmul.integers import LONGEST
+from jaxquant.noise import round_at_random
 from jaxquant.qtensor import QTensor
 
 
@@ -71,8 +73,7 @@ def _backward(dot: Dot, format: Format, kept: Any, dy: Array) -> tuple[Array, Ar
     shape = jax.ShapeDtypeStruct((*tokens.shape[:2], weight.shape[2]), dy.dtype)
     (into,) = jax.linear_transpose(lambda out: dot.assembled(out, x.shape, q.shape), shape)(dy)
     into = into.astype(jnp.float32)  # [B, M, N]
-    noise = jax.random.fold_in(key, jax.lax.bitcast_convert_type(into.reshape(-1)[:1].sum(), jnp.uint32))
-    by_token, by_output = jax.random.split(noise)
+    by_token, by_output = jax.random.split(key)
     # A scale per output is folded into the gradient, so that the sum over outputs is one of whole numbers.
     folded = _rounded(into * weight.scale, format, 2, by_token)
     dx = _integer_dot(folded, (weight.codes.astype(jnp.int8), jnp.ones((1, 1, 1), jnp.float32)), axis=2)
@@ -101,10 +102,12 @@ Codes = tuple[Array, Float[Array, "..."]]
 
 def _rounded(x: Float[Array, "B M K"], format: Format, axis: int, key: Key[Array, ""] | None = None) -> Codes:
     """Symmetric codes with one scale along an axis, to nearest or, given a key, up or down at random."""
-    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / format.qmax
+    if key is None:
+        nearest = quantize_tokens(x, format, axis=axis)
+        return nearest.codes, nearest.scale
+    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0) / format.qmax
     scale = jnp.where(scale > 0, scale, 1)
-    ratio = x / scale
-    moved = jnp.round(ratio) if key is None else jnp.floor(ratio + jax.random.uniform(key, x.shape))
+    moved = round_at_random(x / scale, key)
     codes = jnp.clip(moved, format.qmin, format.qmax).astype(jnp.int8)
     return codes, jnp.where(jnp.all(jnp.isfinite(x), axis=axis, keepdims=True), scale, jnp.nan)
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxquant.encode import assemble
 from jaxquant.errors import FormatError
 from jaxquant.format import Format
+from jaxquant.noise import round_at_random
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix
 from jaxquant.quantizers.ranges import Range, absmax
@@ -21,7 +21,7 @@ class stochastic:
     """Rounds up with the probability of the fraction: `codes = floor(w / scale + u) + zero`, u uniform in [0, 1).
 
     E[decode(codes)] = w inside the range, so that small updates of a weight are not lost in training (Gupta et al.,
-    arXiv:1502.02551). Every matrix has noise of its own, folded out of the key and its first weight.
+    arXiv:1502.02551). Every matrix has noise of its own, folded out of the key and its first number.
 
     Args:
       format: of the codes, integers.
@@ -43,7 +43,5 @@ class stochastic:
         return assemble(self._codes(w.astype(jnp.float32), scale, zero), scale, zero, w.dtype, self.format)
 
     def _codes(self, w: Matrix, scale: Float[Array, "..."], zero: Float[Array, "..."]) -> Shaped[Array, "in out"]:
-        first = jax.lax.bitcast_convert_type(w.reshape(-1)[:1].sum(), jnp.uint32)
-        noise = jax.random.uniform(jax.random.fold_in(self.key, first), w.shape)
-        codes = jnp.floor(w / expand(scale, w.shape) + noise) + expand(zero, w.shape)
+        codes = round_at_random(w / expand(scale, w.shape), self.key) + expand(zero, w.shape)
         return jnp.clip(codes, self.format.qmin, self.format.qmax)
