@@ -1,79 +1,103 @@
-"""One matmul in every format against float32, in one run: medians of alternating calls, as speed-ups over float32.
+"""One matmul in every format against float32 and against other libraries, in one run, as speed-ups over float32.
 
 python benchmarks/matmul.py
-python benchmarks/matmul.py --shape 1024x4096
+python benchmarks/matmul.py --shapes 1024x4096,576x1536 --rows 1,8 --runs 5
+
+Weights and activations are drawn from N(0, 1). Other libraries take part where they are installed
+(`pip install -r benchmarks/requirements.txt`), on as many threads as JAX.
 """
 
-import argparse
-import statistics
-import time
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import measure
+import peers
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import jaxquant as jq
 
 ROWS = (1, 2, 8, 64, 512)
+# The matrices of SmolLM2-135M, the last of them its head, and two of larger models.
+SHAPES = ("576x576", "576x192", "576x1536", "1536x576", "576x49152", "1024x4096", "4096x14336")
 CASES = {
     "int8, int8 activations": (jq.int8, jq.int8),
     "int8, weight-only": (jq.int8, None),
-    "int4, int8 activations": (jq.int4, jq.int8),
+    "int4 g32, int8 activations": (jq.int4(group=32), jq.int8),
     "int4 g64, int8 activations": (jq.int4(group=64), jq.int8),
+    "int4 g128, int8 activations": (jq.int4(group=128), jq.int8),
+    "int4, weight-only": (jq.int4, None),
     "int4 g64, weight-only": (jq.int4(group=64), None),
     "nf4 g64, weight-only": (jq.nf4, None),
-    "fp8, weight-only": (jq.fp8, None),
 }
-RUNS = 15
+RUNS, SECONDS = 15, 6.0
 
 
-def multiply(w, x):
+def multiply(w: Any, x: jax.Array) -> jax.Array:
     """The matmul that is timed."""
     return x @ w
 
 
-def medians(calls: dict) -> dict[str, float]:
-    """The median seconds of each call, all of them taking turns."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    seconds = {name: [] for name in calls}
-    for _ in range(RUNS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def in_floats(dtype: Any) -> Callable[..., Any]:
+    """A contender with weights and activations of a float dtype."""
+    run = jax.jit(multiply)
+
+    def prepare(w: jax.Array) -> Callable[..., Any]:
+        w = w.astype(dtype)
+        return lambda x: functools.partial(run, w, x.astype(dtype))
+
+    return prepare
 
 
-def calls_for(w, x) -> dict:
-    """Float32 and every case, compiled, on the same weight and activations."""
+def in_codes(format: jq.Format, activations: jq.Format | None) -> Callable[..., Any]:
+    """A contender of ours."""
+    run = jax.jit(jq.quantized(multiply, activations=activations))
 
-    def prepared(format, activations):
-        q, run = jq.quantize(w, format), jax.jit(jq.quantized(multiply, activations=activations))
-        return lambda: run(q, x)
+    def prepare(w: jax.Array) -> Callable[..., Any]:
+        q = jq.quantize(w, format)
+        return lambda x: functools.partial(run, q, x)
 
-    plain = jax.jit(multiply)
-    return {"float32": lambda: plain(w, x)} | {name: prepared(*case) for name, case in CASES.items()}
-
-
-def main() -> None:
-    """Prints the table for one shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="576x1536", help="inputs x outputs (default: 576x1536, of SmolLM2)")
-    inputs, outputs = map(int, parser.parse_args().shape.split("x"))
-    w = jax.random.normal(jax.random.key(0), (inputs, outputs))
-    results = [medians(calls_for(w, jnp.ones((rows, inputs)))) for rows in ROWS]
-    table = Table(
-        "speed-up over float32", title=f"{inputs} x {outputs}, {jax.default_backend()}, jax {jax.__version__}"
-    )
-    for rows in ROWS:
-        table.add_column(f"{rows} rows", justify="right")
-    for name in CASES:
-        table.add_row(name, *(f"{result['float32'] / result[name]:.2f}" for result in results))
-    table.add_row("float32, ms", *(f"{1e3 * result['float32']:.2f}" for result in results))
-    Console().print(table)
+    return prepare
 
 
-if __name__ == "__main__":
-    main()
+def contenders(inputs: int) -> dict[str, Callable[..., Any]]:
+    """Float32, bfloat16 and every case whose groups divide the inputs."""
+    floats = {"float32": in_floats(jnp.float32), "bf16": in_floats(jnp.bfloat16)}
+    fitting = {name: case for name, case in CASES.items() if inputs % (case[0].group or 1) == 0}
+    return floats | {name: in_codes(*case) for name, case in fitting.items()}
+
+
+def measured(shape: str, rows: list[int], others: dict[str, Any], runs: int, seconds: float) -> list[dict[str, Any]]:
+    """Every contender at every number of rows, for one shape."""
+    inputs, outputs = map(int, shape.split("x"))
+    key_w, key_x = jax.random.split(jax.random.key(0))
+    w = jax.random.normal(key_w, (inputs, outputs))
+    ready = {name: prepare(w) for name, prepare in (contenders(inputs) | others).items()}
+    records = []
+    for count in rows:
+        x = jax.random.normal(key_x, (count, inputs))
+        calls = {name: at(x) for name, at in ready.items()}
+        errors, times = measure.errors(calls), measure.medians(calls, runs, seconds)
+        records += [
+            {"shape": shape, "rows": count, "contender": name, "milliseconds": 1e3 * times[name]}
+            | {"speedup": times["float32"] / times[name], "error": errors[name]}
+            for name in calls
+        ]
+    return records
+
+
+def shown(shape: str, rows: list[int], records: list[dict[str, Any]]) -> Table:
+    """The table of one shape: contenders by rows."""
+    table = Table("speed-up over float32", title=measure.title(shape.replace("x", " x ")))
+    for count in rows:
+        table.add_column(f"{count} rows" if count > 1 else "1 row", justify="right")
+    table.add_column("error", justify="right")
+    for name, group in itertools.groupby(sorted(records, key=lambda r: order(r["contender"])), lambda r: r["contender"]):
+        found = list(group)
+        ...
+    return table

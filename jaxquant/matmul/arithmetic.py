@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxquant.encode import Axes, quantize
 from jaxquant.format import Format, int8
+from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot
 from jaxquant.qtensor import Kept, QTensor, decode
 
@@ -42,12 +43,14 @@ class Formulation:
       reason: why it is not in integers; empty where it is.
       run: `(x, q) -> out`, or None for a float matmul with the decoded weight.
       say: `(x, q) -> x`, what becomes of the activations before that float matmul; None to leave them as they are.
+      gpu: `(x, q) -> out` on a GPU, where that has another form.
     """
 
     arithmetic: str
     reason: str = ""
     run: Callable[[Array, QTensor], Array] | None = None
     say: Callable[[Array, QTensor], Array] | None = None
+    gpu: Callable[[Array, QTensor], Array] | None = None
 
 
 def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int) -> Formulation:
@@ -61,30 +64,40 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
       outliers: how many of each token's largest activations stay in floating point.
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
+    # A kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
+    fits_gpu = not inputs_last and jnp.dtype(q.dtype).itemsize <= 4
+    gpu, gpu_floats = (gpu_dot, gpu_dot_floats) if fits_gpu else (None, None)
     if not q.is_integer:
-        return Formulation(WEIGHT_ONLY, "its codes are not integers")
+        return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu_floats)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
         digits_pay = rows <= _FEW_DIGITS and groups == 1
-        return Formulation(WEIGHT_ONLY, "activations=None", run=digits if digits_pay else None)
-    exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
+        return Formulation(WEIGHT_ONLY, "activations=None", run=digits if digits_pay else None, gpu=gpu_floats)
+    exact = functools.partial(integer, gpu=gpu, activations=activations, outliers=min(outliers, inputs))
     if groups == inputs > 1:
         return Formulation(INTEGER, run=functools.partial(folded, run=exact))
     if groups > 1 and (rows > _FEW_ROWS or inputs_last):
         heard = functools.partial(say, activations=activations, outliers=outliers)
-        return Formulation(FLOAT, f"with {groups} groups and {rows} rows it is faster decoded", say=heard)
+        reason = f"with {groups} groups and {rows} rows it is faster decoded"
+        return Formulation(FLOAT, reason + (" on CPU" if gpu else ""), say=heard, gpu=exact if gpu else None)
     return Formulation(INTEGER, run=exact)
 
 
-def integer(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M N"]:
+def integer(
+    x: Float[Array, "B M K"],
+    q: QTensor,
+    gpu: Callable[[Array, QTensor], Array] | None,
+    activations: Format,
+    outliers: int,
+) -> Float[Array, "B M N"]:
     """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums."""
     rest, largest = split_outliers(x, outliers)
     tokens = quantize_tokens(rest, activations, bound=q.input_bound)
     if tokens.zero is None:
-        out = tokens.scale * _codes_dot(tokens.codes, q)
+        out = tokens.scale * _codes_dot(tokens.codes, q, gpu)
     else:
-        sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q)
+        sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q, gpu)
         out = tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
     return functools.reduce(operator.add, [value * _weight_rows(q, index) for index, value in largest], out)
 
@@ -109,7 +122,7 @@ def digits(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
             rest = rest - digit.codes.astype(jnp.float32) * digit.scale
             codes.append(digit.codes)
             scales.append(digit.scale)
-        parts = jnp.split(_codes_dot(jnp.concatenate(codes, 1), q), 3, axis=1)
+        parts = jnp.split(_grouped_dot(jnp.concatenate(codes, 1), q), 3, axis=1)
         return functools.reduce(operator.add, map(operator.mul, scales, parts))
 
     def as_floats(x, q):
@@ -194,9 +207,17 @@ def _weight_rows(q: QTensor, index: Int[Array, "B M"]) -> Float[Array, "B M N"]:
     return centred * of_token(q.scale)
 
 
-def _codes_dot(codes: Int8[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
+def _codes_dot(
+    codes: Int8[Array, "B M K"], q: QTensor, gpu: Callable[[Array, QTensor], Array] | None
+) -> Float[Array, "B M N"]:
     """`sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32."""
     codes, q = _split_long(codes, q)
+    if gpu is None:
+        return _grouped_dot(codes, q)
+    return jax.lax.platform_dependent(codes, q, cuda=gpu, default=_grouped_dot)
+
+
+def _grouped_dot(codes: Int8[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     (b, m, k), n, groups = codes.shape, q.shape[2], q.scale.shape[1]
     x = jnp.swapaxes(codes.reshape(b, m, groups, k // groups), 1, 2)
     total = integer_dot(x, q.codes.reshape(b, groups, k // groups, n))

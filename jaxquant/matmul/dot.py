@@ -1,6 +1,7 @@
 """`dot_general` with a weight in codes on either side: any dimension numbers, brought to `[B, M, K] @ [B, K, N]`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,15 @@ class Dot:
         if weight is None:
             return self.reference(x, q)
         formulation = self._choose(x.shape, weight)
+        anywhere = functools.partial(self._multiply, formulation)
+        if formulation.gpu is None:
+            return anywhere(x, q)
+        on_gpu = functools.partial(self._multiply, Formulation("", run=formulation.gpu))
+        return jax.lax.platform_dependent(x, q, cuda=on_gpu, default=anywhere)
+
+    def _multiply(self, formulation: Formulation, x: Array, q: QTensor) -> Array:
+        weight = self.matrices(q)
+        assert weight is not None
         if formulation.run is None and formulation.say is None:
             return self.reference(x, q)
         tokens, beside = split_kept(inputs.apply(weight.transform, self.tokens(x)), weight.kept)

@@ -37,14 +37,18 @@ def _widened(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Ar
 
 def _by_bytes(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
     """Packed codes as the bytes they lie in, one matmul for each place in a byte."""
-    bits = jnp.iinfo(w.dtype).bits
-    packed = 8 // bits
+    packed = 8 // jnp.iinfo(w.dtype).bits
     pairs = w.reshape(*w.shape[:-1], w.shape[-1] // packed, packed)
     held = jax.lax.bitcast_convert_type(pairs, jnp.int8)
-    # The place's bits to the top of the byte, and back down with their sign.
-    places = [(held << (8 - bits * (place + 1))) >> (8 - bits) for place in range(packed)]
-    outs = [batched_dot(x, codes, jnp.int32) for codes in places]
+    outs = [batched_dot(x, unpacked(held, place, packed), jnp.int32) for place in range(packed)]
     return jnp.stack(outs, axis=-1).reshape(*x.shape[:3], w.shape[-1])
+
+
+def unpacked(held: Int8[Array, "..."], place: int, packed: int) -> Int8[Array, "..."]:
+    """The signed codes at one place of bytes that hold `packed` of them."""
+    bits = 8 // packed
+    # The place's bits to the top of the byte, and back down with their sign.
+    return held if packed == 1 else (held << (8 - bits * (place + 1))) >> (8 - bits)
 
 
 def batched_dot(x: Array, w: Array, dtype) -> Array:

@@ -1,0 +1,136 @@
+"""What the benchmarks share: medians of calls that take turns, errors against float32, the machine, tables and JSON."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+RESULTS = Path(__file__).parent.parent / "docs" / "performance"
+CPUINFO = Path("/proc/cpuinfo")
+# The CPU's instructions that integer and bfloat16 matmuls live on, as Linux names them.
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+# The relative mean error that no sound contender reaches and no broken one stays below, by the start of its name.
+BOUNDS = {"float32": 1e-3, "bf16": 0.02, "int8": 0.05, "int4": 0.25, "nf4": 0.25}
+FEWEST = 3
+
+Call = Callable[[], Any]
+
+
+def threads() -> int:
+    """How many threads every contender gets: the cores this process may use, as JAX takes them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def timed(call: Call) -> tuple[Any, float]:
+    """What a call gives, once it is there, and the seconds it took."""
+    start = time.perf_counter()
+    out = jax.block_until_ready(call())
+    return out, time.perf_counter() - start
+
+
+def turns(passes: Mapping[str, Callable[[], Any]], runs: int, seconds: float = float("inf")) -> dict[str, Any]:
+    """The medians of what each pass measures, all of them taking turns.
+
+    Args:
+      passes: each gives a tree of numbers when called.
+      runs: how many turns.
+      seconds: no turn begins after this many, but three do in any case (or `runs`, if that is fewer).
+
+    Returns:
+      For each pass, the same tree, of medians.
+    """
+    measured: dict[str, list[Any]] = {name: [] for name in passes}
+    start = time.perf_counter()
+    for turn in range(runs):
+        if turn >= FEWEST and time.perf_counter() - start > seconds:
+            break
+        for name, one in passes.items():
+            measured[name].append(one())
+    return {name: jax.tree.map(lambda *all: statistics.median(all), *trees) for name, trees in measured.items()}
+
+
+def medians(calls: Mapping[str, Call], runs: int, seconds: float = float("inf")) -> dict[str, float]:
+    """The median seconds of each call, all of them taking turns, as `turns`, after one that does not count."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    return turns({name: lambda call=call: timed(call)[1] for name, call in calls.items()}, runs, seconds)
+
+
+def relative_error(reference: Any, out: Any) -> float:
+    """The mean distance of two arrays, of any library, over the mean size of the first."""
+    reference, out = (jnp.from_dlpack(array).astype(jnp.float32) for array in (reference, out))
+    return float(jnp.abs(out - reference).mean() / jnp.abs(reference).mean())
+
+
+def errors(calls: Mapping[str, Call], base: str = "float32", bounds: Mapping[str, float] = BOUNDS) -> dict[str, float]:
+    """The relative error of every call against one of them.
+
+    Raises:
+      AssertionError: one is so wrong that it does something else; its time would mean nothing.
+    """
+    reference = calls[base]()
+    found = {name: relative_error(reference, call()) for name, call in calls.items()}
+    for name, error in found.items():
+        bound = next(bound for start, bound in bounds.items() if name.startswith(start))
+        assert error < bound, f"{name} is off by {error:.3f} of {base}, where less than {bound} was expected"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    return {
+        "cpu": facts.get("model name", platform.processor()),
+        "cores": threads(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def title(what: str) -> str:
+    """A table's title, with the machine under it."""
+    m = machine()
+    instructions = " ".join(m["instructions"]) or m["backend"]
+    return f"{what}\n{m['cpu']}, {m['cores']} cores, {instructions}; jax {m['jax']}, {m['date']}"
+
+
+def options(doc: str, name: str, runs: int, seconds: float) -> argparse.ArgumentParser:
+    """A parser with what every benchmark's command takes."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    path = RESULTS / f"{name}.json"
+    shown = path.relative_to(RESULTS.parent.parent)
+    parser.add_argument("--json", type=Path, default=path, metavar="PATH", help=f"where to (default: {shown})")
+    parser.add_argument("--runs", type=int, default=runs, help=f"turns that are timed, at most (default: {runs})")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"for the turns of one column (default: {seconds:g})"
+    )
+    return parser
+
+
+def write(path: Path, results: Any, console: Console) -> None:
+    """Writes results, and the machine they are from, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    console.print(f"Written to {path.name}.", style="dim")
+
+
+def speedup(ratio: float | None) -> str:
+    """A ratio, as rich is to print it: green above 1, red below."""
+    if ratio is None:
+        return ""
+    return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}"

@@ -1,0 +1,161 @@
+"""Other libraries' matmuls and models, only to compare with; `pip install -r benchmarks/requirements.txt` brings them.
+
+Every one is optional: `present` says which are absent, and why. A contender's name is that of ours that does the same
+arithmetic, with the library in brackets.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+from rich.console import Console
+
+ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
+
+
+def present(makers: Mapping[str, Callable[..., dict[str, Any]]], console: Console, *args: Any) -> dict[str, Any]:
+    """The contenders of every library that can be imported; the others are named, with the reason."""
+    found = {}
+    for name, make in makers.items():
+        try:
+            found |= make(*args)
+        except (ImportError, AttributeError, OSError) as error:
+            console.print(f"Without {name}: {error}", style="yellow")
+    return found
+
+
+def qwix_matmuls() -> dict[str, Callable[..., Any]]:
+    """Qwix's `dot_general` on weights quantized beforehand."""
+    import qwix
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def multiply(x: jax.Array, q: Any, in_codes: bool) -> jax.Array:
+        x = qwix.quantize(x, jnp.int8, channelwise_axes=[0]) if in_codes else x
+        return qwix.dot_general(x, q, ROWS_BY_COLUMNS)
+
+    def contender(dtype: Any, group: int | None, in_codes: bool) -> Callable[..., Any]:
+        def prepare(w: jax.Array) -> Callable[..., Any]:
+            q = qwix.quantize(w, dtype, channelwise_axes=[1], tiled_axes={0: group} if group else {})
+            return lambda x: functools.partial(multiply, x, q, in_codes)
+
+        return prepare
+
+    return {
+        "int8, int8 activations (Qwix)": contender(jnp.int8, None, True),
+        "int8, weight-only (Qwix)": contender(jnp.int8, None, False),
+        "int4, weight-only (Qwix)": contender(jnp.int4, None, False),
+        "int4 g64, weight-only (Qwix)": contender(jnp.int4, 64, False),
+    }
+
+
+def aqt_matmuls() -> dict[str, Callable[..., Any]]:
+    """AQT's Flax layer with its weight frozen, as it serves."""
+    from aqt.jax.v2 import config
+    from aqt.jax.v2.flax.aqt_flax import AqtDotGeneral, FreezerMode
+    from aqt.jax.v2.utils import QuantMode
+
+    def dense(outputs: int, bits: tuple[int | None, int], mode: Any) -> nn.Module:
+        frozen = {"rhs_quant_mode": mode, "rhs_freeze_mode": FreezerMode.CALIBRATION_AND_VALUE}
+        injected = functools.partial(AqtDotGeneral, config.dot_general_make(*bits), **frozen)
+        return nn.Dense(outputs, use_bias=False, dot_general_cls=injected)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def multiply(variables: Any, x: jax.Array, bits: tuple[int | None, int]) -> jax.Array:
+        # The float kernel only has to be there: jit drops what nothing reads.
+        outputs = variables["params"]["kernel"].shape[1]
+        return dense(outputs, bits, QuantMode.SERVE).apply(variables, x, rngs={"params": jax.random.key(0)})
+
+    def contender(*bits: int | None) -> Callable[..., Any]:
+        def prepare(w: jax.Array) -> Callable[..., Any]:
+            variables, key = {"params": {"kernel": w}}, {"params": jax.random.key(0)}
+            convert = dense(w.shape[1], bits, QuantMode.CONVERT)
+            _, variables = convert.apply(variables, jnp.ones((1, w.shape[0])), mutable=True, rngs=key)
+            return lambda x: functools.partial(multiply, variables, x, bits)
+
+        return prepare
+
+    return {"int8, int8 activations (AQT)": contender(8, 8), "int8, weight-only (AQT)": contender(None, 8)}
+
+
+def torch_matmuls() -> dict[str, Callable[..., Any]]:
+    """The CPU kernels of PyTorch that torchao calls, without the time that its tensor classes take outside a compiler.
+
+    They want bfloat16 activations: in float32 the weight-only ones are many times slower.
+    """
+    import torch
+
+    torch.set_num_threads(measure.threads())
+    torch.set_grad_enabled(False)
+
+    def tensor(array: jax.Array) -> Any:
+        return torch.from_numpy(np.array(array))
+
+    def linear(dtype: Any) -> Callable[..., Any]:
+        def prepare(w: jax.Array) -> Callable[..., Any]:
+            kernel = tensor(w.T).to(dtype)
+            return lambda x: functools.partial(torch.nn.functional.linear, tensor(x).to(dtype), kernel)
+
+        return prepare
+
+    def codes_of(kernel: Any, limit: int) -> tuple[Any, Any]:
+        scale = kernel.abs().amax(-1, keepdim=True) / limit
+        return (kernel / scale).round().to(torch.int8), scale
+
+    def int8_int8(w: jax.Array) -> Callable[..., Any]:
+        kernel, scale = codes_of(tensor(w.T), 127)
+
+        def multiply(x: Any) -> Any:
+            codes, tokens = codes_of(x, 127)
+            return torch._int_mm(codes, kernel.T).float() * tokens * scale.T
+
+        return lambda x: functools.partial(multiply, tensor(x))
+
+    def dynamic(w: jax.Array) -> Callable[..., Any]:
+        module = torch.nn.Sequential(torch.nn.Linear(*w.shape, bias=False))
+        module[0].weight.copy_(tensor(w.T))
+        config = torch.ao.quantization.per_channel_dynamic_qconfig
+        module = torch.ao.quantization.quantize_dynamic(module, {"0": config})
+        return lambda x: functools.partial(module, tensor(x))
+
+    def int8_only(w: jax.Array) -> Callable[..., Any]:
+        kernel, scale = codes_of(tensor(w.T), 127)
+        scale = scale[:, 0].bfloat16()
+        return lambda x: functools.partial(torch._weight_int8pack_mm, tensor(x).bfloat16(), kernel, scale)
+
+    def int4_only(w: jax.Array, group: int = 64) -> Callable[..., Any]:
+        kernel, scale = codes_of(tensor(w.T).reshape(w.shape[1], -1, group), 7)
+        packed = torch._convert_weight_to_int4pack_for_cpu(kernel.reshape(w.shape[1], -1).int() + 8, 1)
+        scale = torch.stack([scale[..., 0].T, torch.zeros_like(scale[..., 0].T)], -1).bfloat16().contiguous()
+        multiply = torch._weight_int4pack_mm_for_cpu
+        return lambda x: functools.partial(multiply, tensor(x).bfloat16(), packed, group, scale)
+
+    return {
+        "float32 (torch)": linear(torch.float32),
+        "bf16 (torch)": linear(torch.bfloat16),
+        "int8, int8 activations (torch)": int8_int8,
+        "int8, int8 activations (torch, dynamic)": dynamic,
+        "int8, weight-only (torch)": int8_only,
+        "int4 g64, weight-only (torch)": int4_only,
+    }
+
+
+MATMULS = {"Qwix": qwix_matmuls, "AQT": aqt_matmuls, "torch": torch_matmuls}
+
+
+def qwix_models(model: nn.Module, params: Any) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """The functions and parameters of a Flax model that Qwix quantized, each of them ready to be compiled."""
+    import qwix
+
+    def contender(**rule: Any) -> tuple[Callable[..., Any], Any]:
+        provider = qwix.PtqProvider([qwix.QuantizationRule(**rule)])
+        quantized = qwix.quantize_model(model, provider)
+        width = jax.tree.leaves(params)[-1].shape[-1]
+        del width
+        return quantized.apply, params
+
+    return {"int8, int8 activations (Qwix)": contender(weight_qtype=jnp.int8, act_qtype=jnp.int8)}
