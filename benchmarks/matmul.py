@@ -8,7 +8,6 @@ Weights and activations are drawn from N(0, 1). Other libraries take part where 
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ import measure
 import peers
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import jaxquant as jq
 
@@ -79,25 +77,30 @@ def measured(shape: str, rows: list[int], others: dict[str, Any], runs: int, sec
     w = jax.random.normal(key_w, (inputs, outputs))
     ready = {name: prepare(w) for name, prepare in (contenders(inputs) | others).items()}
     records = []
-    for count in rows:
+    for count in track(rows, f"{inputs} x {outputs}", transient=True):
         x = jax.random.normal(key_x, (count, inputs))
         calls = {name: at(x) for name, at in ready.items()}
         errors, times = measure.errors(calls), measure.medians(calls, runs, seconds)
-        records += [
-            {"shape": shape, "rows": count, "contender": name, "milliseconds": 1e3 * times[name]}
-            | {"speedup": times["float32"] / times[name], "error": errors[name]}
-            for name in calls
-        ]
+        records += measure.records(errors, times, shape=shape, rows=count)
     return records
 
 
-def shown(shape: str, rows: list[int], records: list[dict[str, Any]]) -> Table:
-    """The table of one shape: contenders by rows."""
-    table = Table("speed-up over float32", title=measure.title(shape.replace("x", " x ")))
-    for count in rows:
-        table.add_column(f"{count} rows" if count > 1 else "1 row", justify="right")
-    table.add_column("error", justify="right")
-    for name, group in itertools.groupby(sorted(records, key=lambda r: order(r["contender"])), lambda r: r["contender"]):
-        found = list(group)
-        ...
-    return table
+def main() -> None:
+    """Prints a table for every shape, and the cells where another library is faster at the same arithmetic."""
+    parser = measure.options(__doc__, "matmul", RUNS, SECONDS)
+    parser.add_argument("--shapes", default=",".join(SHAPES), metavar="A,B", help="inputs x outputs, as 576x1536")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), metavar="A,B", help="tokens at once")
+    options, console = parser.parse_args(), Console()
+    rows = [int(count) for count in options.rows.split(",")]
+    others = peers.present(peers.MATMULS, console)
+    records = []
+    for shape in options.shapes.split(","):
+        of_shape = measured(shape, rows, others, options.runs, options.seconds)
+        console.print(measure.table(shape.replace("x", " x "), of_shape))
+        records += of_shape
+    measure.print_losses(records, console)
+    measure.write(options.json, records, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent.parent / "docs" / "performance"
 CPUINFO = Path("/proc/cpuinfo")
@@ -72,17 +73,21 @@ def relative_error(reference: Any, out: Any) -> float:
     return float(jnp.abs(out - reference).mean() / jnp.abs(reference).mean())
 
 
-def errors(calls: Mapping[str, Call], base: str = "float32", bounds: Mapping[str, float] = BOUNDS) -> dict[str, float]:
-    """The relative error of every call against one of them.
+def errors(calls: Mapping[str, Call], bounds: Mapping[str, float] = BOUNDS) -> dict[str, float]:
+    """The relative error of every call against float32's.
+
+    Args:
+      calls: by name, one of them `float32`.
+      bounds: what the error has to stay below, by the start of a name.
 
     Raises:
       AssertionError: one is so wrong that it does something else; its time would mean nothing.
     """
-    reference = calls[base]()
+    reference = calls["float32"]()
     found = {name: relative_error(reference, call()) for name, call in calls.items()}
     for name, error in found.items():
         bound = next(bound for start, bound in bounds.items() if name.startswith(start))
-        assert error < bound, f"{name} is off by {error:.3f} of {base}, where less than {bound} was expected"
+        assert error < bound, f"{name} is off by {error:.3f} of float32, where less than {bound} was expected"
     return found
 
 
@@ -129,8 +134,45 @@ def write(path: Path, results: Any, console: Console) -> None:
     console.print(f"Written to {path.name}.", style="dim")
 
 
-def speedup(ratio: float | None) -> str:
-    """A ratio, as rich is to print it: green above 1, red below."""
-    if ratio is None:
-        return ""
-    return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}"
+def records(errors: Mapping[str, float], times: Mapping[str, float], **column: Any) -> list[dict[str, Any]]:
+    """What is written of one column of a table: a record for each contender, and what column it is."""
+    return [
+        column
+        | {"contender": name, "milliseconds": 1e3 * seconds}
+        | {"speedup": times["float32"] / seconds, "error": errors[name]}
+        for name, seconds in times.items()
+    ]
+
+
+def table(what: str, found: list[dict[str, Any]]) -> Table:
+    """The speed-ups of contenders over float32 by rows; other libraries, known by their brackets, come last."""
+    cells = {(one["contender"], one["rows"]): one for one in found}
+    names, rows = (list(dict.fromkeys(key)) for key in zip(*cells, strict=True))
+    shown = Table("speed-up over float32", title=title(what))
+    for count in rows:
+        shown.add_column(f"{count} rows" if count > 1 else "1 row", justify="right")
+    shown.add_column("error", justify="right")
+    for name in sorted(names, key=lambda name: "(" in name):
+        if "(" in name and not any("(" in str(cell) for cell in shown.columns[0].cells):
+            shown.add_section()
+        of_name = [cells[name, count] for count in rows]
+        speedups = [f"[{'green' if one['speedup'] >= 1 else 'red'}]{one['speedup']:.2f}" for one in of_name]
+        shown.add_row(name, *speedups, f"{max(one['error'] for one in of_name):.4f}")
+    shown.add_section()
+    shown.add_row("float32, ms", *(f"{cells['float32', count]['milliseconds']:.3f}" for count in rows))
+    return shown
+
+
+def print_losses(found: list[dict[str, Any]], console: Console) -> None:
+    """Where another library is faster at the same arithmetic: it is called as ours is, and then by its name."""
+
+    def cell(one: dict[str, Any]) -> tuple[Any, ...]:
+        return one.get("shape"), one["rows"], one["contender"].partition(" (")[0]
+
+    ours = {cell(one): one for one in found if "(" not in one["contender"]}
+    rivals = [one for one in found if "(" in one["contender"] and cell(one) in ours]
+    lost = [one for one in rivals if one["milliseconds"] < ours[cell(one)]["milliseconds"]]
+    console.print(f"Slower than another library at the same arithmetic in {len(lost)} of {len(rivals)} comparisons:")
+    for one in lost:
+        ratio = ours[cell(one)]["milliseconds"] / one["milliseconds"]
+        console.print(f"  {one.get('shape', '')} {one['rows']} rows, {one['contender']}: {ratio:.2f} x", style="dim")

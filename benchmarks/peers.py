@@ -6,6 +6,7 @@ arithmetic, with the library in brackets.
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -147,15 +148,51 @@ def torch_matmuls() -> dict[str, Callable[..., Any]]:
 MATMULS = {"Qwix": qwix_matmuls, "AQT": aqt_matmuls, "torch": torch_matmuls}
 
 
-def qwix_models(model: nn.Module, params: Any) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """The functions and parameters of a Flax model that Qwix quantized, each of them ready to be compiled."""
+def qwix_models(model: nn.Module, params: Any, x: jax.Array) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """A Flax model as Qwix quantizes it: functions to compile, and their parameters in codes."""
     import qwix
 
     def contender(**rule: Any) -> tuple[Callable[..., Any], Any]:
-        provider = qwix.PtqProvider([qwix.QuantizationRule(**rule)])
-        quantized = qwix.quantize_model(model, provider)
-        width = jax.tree.leaves(params)[-1].shape[-1]
-        del width
-        return quantized.apply, params
+        quantized = qwix.quantize_model(model, qwix.PtqProvider([qwix.QuantizationRule(**rule)]))
+        shapes = jax.eval_shape(quantized.init, jax.random.key(0), x)
+        return quantized.apply, {"params": qwix.quantize_params(params["params"], shapes["params"])}
 
-    return {"int8, int8 activations (Qwix)": contender(weight_qtype=jnp.int8, act_qtype=jnp.int8)}
+    return {
+        "int8, int8 activations (Qwix)": contender(weight_qtype=jnp.int8, act_qtype=jnp.int8),
+        "int8, weight-only (Qwix)": contender(weight_qtype=jnp.int8),
+        "int4 g128, weight-only (Qwix)": contender(weight_qtype=jnp.int4, tile_size=128),
+    }
+
+
+def llama_cpp_models(
+    files: Mapping[str, Path], prompt: list[int], steps: int
+) -> dict[str, tuple[Callable[[], dict[str, float]], Callable[[], np.ndarray]]]:
+    """GGUF files in llama.cpp: for each, a pass over the prompt and `steps` more tokens, and the prompt's last logits."""
+    import llama_cpp
+
+    def contender(path: Path) -> tuple[Callable[[], dict[str, float]], Callable[[], np.ndarray]]:
+        count, length = measure.threads(), len(prompt) + steps
+        counts = {"n_threads": count, "n_threads_batch": count, "n_batch": length, "n_ubatch": length}
+        model = llama_cpp.Llama(str(path), n_ctx=length, verbose=False, **counts)
+
+        def read(tokens: list[int]) -> np.ndarray:
+            model.eval(tokens)
+            return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),))
+
+        def one() -> dict[str, float]:
+            model.reset()
+            logits, reading = measure.timed(lambda: read(prompt))
+
+            def decode(logits: np.ndarray) -> None:
+                for _ in range(steps):
+                    logits = read([int(logits.argmax())])
+
+            return {"prompt": reading, "decode": measure.timed(lambda: decode(logits))[1]}
+
+        def last_logits() -> np.ndarray:
+            model.reset()
+            return read(prompt).copy()
+
+        return one, last_logits
+
+    return {name: contender(path) for name, path in files.items()}

@@ -18,6 +18,8 @@ from jaxquant.lora import double_quantize as double_quantize
 from jaxquant.lora import join_lora as join_lora
 from jaxquant.lora import merge_lora as merge_lora
 from jaxquant.lora import split_lora as split_lora
+from jaxquant.lowering import Program as Program
+from jaxquant.lowering import lower_for as lower_for
 from jaxquant.matmul import dot_general as dot_general
 from jaxquant.optim import adamw8bit as adamw8bit
 from jaxquant.params import quantize_params as quantize_params

@@ -43,3 +43,11 @@ class UnseenError(TypeError):
 
 class AdapterError(TypeError):
     """An adapter that cannot be merged, or a leaf that cannot have one."""
+
+
+class MissingPackageError(ImportError):
+    """An optional package that something needs and that is not installed."""
+
+
+class CompileError(RuntimeError):
+    """A program that the compiler of another device refused, or broke on."""

@@ -20,6 +20,8 @@ LAYERS = {
     "optim": 1,
     "stats": 1,
     "table": 1,
+    "optional": 1,
+    "lowering": 2,
     "inputs": 2,
     "qtensor": 3,
     "encode": 4,

@@ -1,6 +1,7 @@
 """The rules of the walk: what a matmul, a convolution and a look-up do when they meet a `QTensor`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,12 +70,19 @@ def rules(
         "ragged_dot_general": lambda inputs, at: _ragged(inputs, at.params, at.result, activations, hear),
         "gather": lambda inputs, at: _gather(inputs, at.params, hear),
     }
+    operations = {name: functools.partial(_named, rule) for name, rule in operations.items()}
 
     def decoded(param: Param, why: str) -> jax.Array:
         hear(lambda: _meeting(param, why, None, None, FLOAT, "it has no rule for codes, so it got the decoded array"))
         return param.value.decode() if isinstance(param.value, Sides) else decode(param.value)
 
     return Rules(is_param, decoded, operations)
+
+
+def _named(rule: Callable, inputs: Sequence, at: Any) -> Any:
+    """What comes of a parameter carries its path in the compiled program, for profilers and `explain`."""
+    with jax.named_scope(f"[{next((each.path for each in inputs if isinstance(each, Param)), '')}]"):
+        return rule(inputs, at)
 
 
 def is_param(leaf: Any) -> bool:

@@ -123,6 +123,7 @@ def triton_dot(
         out_shape=jax.ShapeDtypeStruct((cut.pieces, padded, bytes_, coding.packed), jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=8 if cut.rows == 128 else 4, num_stages=3),
         interpret=interpret,
+        name=f"dot_{x.dtype}_{codes.dtype}",
     )(jnp.pad(x, ((0, padded - rows), (0, 0))), _bytes(codes, coding), lines.reshape(parts, -1, bytes_, coding.packed))
     return jnp.sum(out, axis=0).reshape(padded, outputs)[:rows]
 

@@ -1,6 +1,7 @@
 """`explain`: what `quantized(fn)` does with every parameter, as a table and as records."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from jaxtyping import Array, PyTree
 from jaxquant import matmul, table, trace
 from jaxquant.adapter import entered, is_leaf
 from jaxquant.format import Format, int8
+from jaxquant.lowering import Program, lower_for
 from jaxquant.matmul import Meeting
+from jaxquant.transforms.quantized import quantized
 
 _COLOURS = {matmul.INTEGER: "green", matmul.WEIGHT_ONLY: "yellow", matmul.FLOAT: "red"}
 _COLUMNS = ("parameter", "operation", "activations", "weight", "format", "arithmetic", "why")
@@ -24,15 +27,20 @@ class Explanation:
     Args:
       meetings: the rows in the order of the program. A loop's body is shown once.
       unmet: paths of parameters that were quantized and never met a matmul, a convolution or a look-up.
+      program: what a compiler made of it, where a target was given.
     """
 
     meetings: tuple[Meeting, ...]
     unmet: tuple[str, ...]
+    program: Program | None = None
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The rows as dictionaries, one key a field of `Meeting`."""
-        return [dataclasses.asdict(meeting) for meeting in self.meetings]
+        """The rows as dictionaries, one key a field of `Meeting`, and `compiled` where there is a program."""
+        rows = [dataclasses.asdict(meeting) for meeting in self.meetings]
+        if self.program is None:
+            return rows
+        return [row | {"compiled": text} for row, text in zip(rows, self._compiled(self.program), strict=True)]
 
     def __str__(self) -> str:
         return "\n".join([*self._table(), *self._unmet()])
@@ -44,14 +52,34 @@ class Explanation:
         return "\n".join([header, *painted, *(table.painted(line, None) for line in self._unmet())])
 
     def _table(self) -> list[str]:
-        return table.lines(_COLUMNS, [_cells(meeting) for meeting in self.meetings])
+        rows = [_cells(meeting) for meeting in self.meetings]
+        if self.program is None:
+            return table.lines(_COLUMNS, rows)
+        pairs = zip(rows, self._compiled(self.program), strict=True)
+        return table.lines((*_COLUMNS, "compiled"), [(*row, text) for row, text in pairs])
+
+    def _compiled(self, program: Program) -> list[str]:
+        """The matmuls of the program that came from each row, in words."""
+        words = []
+        for meeting in self.meetings:
+            scope = f"[{meeting.path}]"
+            known = meeting.path and meeting.operation != "gather"
+            found = [one for one in program.multiplications if known and scope in one.scope]
+            words.append([f"{one.how}, {one.tensor_cores or 'no tensor cores'}" for one in found])
+        return ["; ".join(dict.fromkeys(row)) for row in words]
 
     def _unmet(self) -> list[str]:
         return [f"{path}: quantized, but it never met a matmul" for path in self.unmet]
 
 
 def explain(
-    fn: Callable, params: PyTree, *args: Any, activations: Format | None = int8, outliers: int = 0, **kwargs: Any
+    fn: Callable,
+    params: PyTree,
+    *args: Any,
+    activations: Format | None = int8,
+    outliers: int = 0,
+    target: str | None = None,
+    **kwargs: Any,
 ) -> Explanation:
     """Tells how `quantized(fn, activations=activations)(params, *args)` computes every matmul.
 
@@ -63,10 +91,14 @@ def explain(
         matmuls of activations with activations, whose path is empty.
       *args, **kwargs: its other arguments.
       activations, outliers: as for `quantized`.
+      target: a GPU to compile it for, as `lower_for` takes it; adds what the compiler did with each parameter.
 
     Returns:
       An `Explanation`: per operation the parameter's path, the shapes, the formats, the arithmetic and the reason
       where it is not `int8 x int8 -> int32`.
+
+    Raises:
+      OptionError, MissingPackageError, CompileError: as `lower_for`.
     """
     meetings: list[Meeting] = []
     rules = _watching(matmul.rules(activations, outliers, meetings.append), meetings.append)
@@ -74,9 +106,13 @@ def explain(
     staged = trace.stage(fn, rules, (watched, *args), kwargs)
     jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)
     leaves, _ = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_leaf=is_leaf)
-    quantized = [trace.argument_name(path) for path, leaf in leaves if is_leaf(leaf)]
+    in_codes = [trace.argument_name(path) for path, leaf in leaves if is_leaf(leaf)]
     met = {meeting.path for meeting in meetings if meeting.activations is not None}
-    return Explanation(tuple(meetings), tuple(path for path in quantized if path not in met))
+    program = None
+    if target is not None:
+        serve = functools.partial(quantized(fn, activations=activations, outliers=outliers), **kwargs)
+        program = lower_for(target, serve, params, *args)
+    return Explanation(tuple(meetings), tuple(path for path in in_codes if path not in met), program)
 
 
 def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Rules:
