@@ -58,9 +58,9 @@ class LayerCache:
     values: HeadArray
 
     @classmethod
-    def empty(cls, batch: int, length: int, heads: int, width: int) -> "LayerCache":
+    def empty(cls, batch: int, length: int, heads: int, width: int, dtype: Any = jnp.float32) -> "LayerCache":
         """Zeros, every buffer its own, so that the cache can be donated."""
-        return cls(*(jnp.zeros((batch, length, heads, width), jnp.float32) for _ in range(2)))
+        return cls(*(jnp.zeros((batch, length, heads, width), dtype) for _ in range(2)))
 
     def append(self, keys: HeadArray, values: HeadArray, position: Int[Array, ""]) -> "LayerCache":
         """Writes those of some tokens from `position` on."""
@@ -107,7 +107,7 @@ def rope(x: HeadArray, positions: Int[Array, "time"], config: LlamaConfig) -> He
     angles = jnp.outer(positions.astype(jnp.float32), frequencies)[None, :, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def attend(q: HeadArray, k: HeadArray, v: HeadArray, position: Int[Array, ""]) -> HeadArray:

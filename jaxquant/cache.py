@@ -11,7 +11,7 @@ What is large in some is spread by a Hadamard matrix, which queries get too (Qua
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +28,42 @@ Heads = Float[Array, "batch time heads width"]
 Position = Int[ArrayLike, ""]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "shift"], meta_fields=["format"])
+class Held(NamedTuple):
+    """The arrays of a `QTensor` that is no weight: `quantized` leaves it to the function it is an argument of."""
+
+    codes: Any
+    scale: Any
+    zero: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["held_keys", "held_values", "shift"], meta_fields=["format"]
+)
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """The keys and values of one layer: a pytree that is carried through loops, donated and sharded like any other.
 
     Args:
-      keys, values: `QTensor`s `[batch, length, heads, width]`; keys without `shift`, and rotated.
+      held_keys, held_values: the arrays of `keys` and `values`.
       shift: float `[batch, 1, heads, width]`, the mean of the keys that were appended at position 0.
       format: static; of both.
     """
 
     # Any, because a tree may also hold shapes or shardings in the place of arrays.
-    keys: Any
-    values: Any
+    held_keys: Any
+    held_values: Any
     shift: Any
     format: Format
+
+    @property
+    def keys(self) -> QTensor:
+        """The keys `[batch, length, heads, width]` in codes, without `shift`, and rotated."""
+        return QTensor(*self.held_keys, dtype=self.shift.dtype, bits=self.format.bits)
+
+    @property
+    def values(self) -> QTensor:
+        """The values `[batch, length, heads, width]` in codes."""
+        return QTensor(*self.held_values, dtype=self.shift.dtype, bits=self.format.bits)
 
     @classmethod
     def empty(
@@ -65,8 +85,8 @@ class KVCache:
                 f"{format}: a cache is in integers with a scale per token and head, such as int8 or int4."
             )
 
-        def blank() -> QTensor:  # every buffer its own, so that the cache can be donated
-            return quantize(jnp.zeros((batch, length, heads, width), dtype), format, axis=-1)
+        def blank() -> Held:  # every buffer its own, so that the cache can be donated
+            return _held(jnp.zeros((batch, length, heads, width), dtype), format)
 
         return cls(blank(), blank(), jnp.zeros((batch, 1, heads, width), dtype), format)
 
@@ -81,7 +101,8 @@ class KVCache:
         first = jnp.mean(keys, axis=1, keepdims=True)
         shift = jnp.where(jnp.asarray(position) == 0, first, self.shift)
         put = functools.partial(_put, format=self.format, position=position)
-        return KVCache(put(self.keys, _rotated(keys - shift)), put(self.values, values), shift, self.format)
+        values = values.astype(self.shift.dtype)
+        return KVCache(put(self.held_keys, _rotated(keys - shift)), put(self.held_values, values), shift, self.format)
 
     def read(self) -> tuple[Heads, Heads]:
         """The keys and values that the codes stand for."""
@@ -112,7 +133,11 @@ def _rotated(heads: Heads) -> Heads:
     return hadamard(heads, 3, block_length(heads.shape[-1]))
 
 
-def _put(old: QTensor, new: Heads, *, format: Format, position: Position) -> QTensor:
-    q = quantize(new.astype(old.dtype), format, axis=-1)
+def _put(old: Held, new: Heads, *, format: Format, position: Position) -> Held:
     start = (0, position, 0, 0)
-    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, start), old, q)
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, start), old, _held(new, format))
+
+
+def _held(heads: Heads, format: Format) -> Held:
+    q = quantize(heads, format, axis=-1)
+    return Held(q.codes, q.scale, q.zero)

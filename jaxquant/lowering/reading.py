@@ -66,12 +66,18 @@ def _fused(found: Computations) -> set[str]:
 
 def _multiplication(one: Instruction, shapes: Mapping, found: Computations, kernels: Mapping) -> Multiplication | None:
     operands = [_plain(shapes.get(name, "")) for name in one.operands][:2]
-    how = _how(one, operands, found.get(one.attribute(r"calls=%?([^\s,]+)"), ()))
+    body = found.get(one.attribute(r"calls=%?([^\s,]+)"), ())
+    how = _how(one, operands, body)
     if not how:
         return None
+    scopes = [_scope(inner) for inner in body if inner.operation in ("dot", "reduce")] or [_scope(one)]
     kernel = one.attribute(r'name = "([^"]+)"') or re.sub(r"[^\w]", "_", one.name)
     used = kernels.get(kernel, Counter())
-    return Multiplication(one.attribute(r'op_name="([^"]*)"'), tuple(operands), how, ", ".join(sorted(used)))
+    return Multiplication("; ".join(dict.fromkeys(scopes)), tuple(operands), how, ", ".join(sorted(used)))
+
+
+def _scope(one: Instruction) -> str:
+    return one.attribute(r'op_name="([^"]*)"')
 
 
 def _how(one: Instruction, operands: Sequence[str], body: Sequence[Instruction]) -> str:
@@ -88,7 +94,7 @@ def _how(one: Instruction, operands: Sequence[str], body: Sequence[Instruction])
     if "dot" in operations:
         return "Triton fusion of XLA" if "__triton" in one.rest else "loop"
     # A matmul of one row: products that are added up, which came from a matmul, or from codes.
-    scope = one.attribute(r'op_name="([^"]*)"')
+    scope = _scope(one)
     of_codes = scope.endswith("reduce_sum") and any(re.match(r"(s8|s4|s2|f8\w+)\[", shape) for shape in operands)
     summed = "multiply" in operations and (of_codes or scope.endswith("dot_general"))
     return "reduction" if summed and _elements(one.shape) > 1 else ""

@@ -32,7 +32,7 @@ _TERMS = 128
 
 def gpu_dot(x: Shaped[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     """`x @ decode(q)` in float32, of `x` in int8 codes or floats, without decoding."""
-    slope = jnp.broadcast_to(q.scale, (q.shape[0], q.scale.shape[1], q.shape[2]))
+    slope = jnp.broadcast_to(q.scale.astype(jnp.float32), (q.shape[0], q.scale.shape[1], q.shape[2]))
     lines = [slope] if q.zero is None else [slope, slope * q.zero.astype(jnp.float32)]
     product, operands = _batched(Coding(q.codes.dtype, q.levels)), (x, q.codes, jnp.stack(lines, axis=1))
     explicit = jax.sharding.get_abstract_mesh().explicit_axes

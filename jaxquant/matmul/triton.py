@@ -73,10 +73,15 @@ def tiles(rows: int, shape: Sequence[int], groups: int, packed: int) -> Tiles | 
     if columns is None or step is None or inputs // groups > LONGEST:
         return None
     height = next((size for size in (16, 32, 64) if rows <= size), 128)
-    programs, pieces = outputs // packed // columns, 1
-    if rows <= height:  # partial sums of more rows would be larger than the weight
-        while pieces * programs < _PROGRAMS and inputs % (2 * pieces * step) == 0 and _nest(2 * pieces, groups):
-            pieces *= 2
+    programs, pieces = math.ceil(rows / height) * (outputs // packed // columns), 1
+    # Partial sums, of four bytes, are not to be more than the codes that are read.
+    while (
+        pieces * programs < _PROGRAMS
+        and 4 * height * 2 * pieces <= inputs // packed
+        and inputs % (2 * pieces * step) == 0
+        and _nest(2 * pieces, groups)
+    ):
+        pieces *= 2
     return Tiles(height, columns, step, pieces)
 
 
@@ -162,7 +167,7 @@ def _kernel(x_ref, held_ref, lines_ref, out_ref, *, coding: Coding, step: int):
         return tuple(out + s for out, s in zip(outs, scaled, strict=True))
 
     outs = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in places)
-    outs = of_group(0, outs) if groups == 1 else jax.lax.fori_loop(0, groups, of_group, outs)
+    outs = of_group(jnp.int32(0), outs) if groups == 1 else jax.lax.fori_loop(0, groups, of_group, outs)
     for place in places:
         triton.store(out_ref.at[:, :, jnp.int32(place)], outs[place])
 

@@ -110,9 +110,12 @@ def explain(
     met = {meeting.path for meeting in meetings if meeting.activations is not None}
     program = None
     if target is not None:
-        serve = functools.partial(quantized(fn, activations=activations, outliers=outliers), **kwargs)
-        program = lower_for(target, serve, params, *args)
+        program = lower_for(target, functools.partial(_serve, fn, activations, outliers, kwargs), params, *args)
     return Explanation(tuple(meetings), tuple(path for path in in_codes if path not in met), program)
+
+
+def _serve(fn: Callable, activations: Format | None, outliers: int, kwargs: dict[str, Any], *args: Any) -> Any:
+    return quantized(fn, activations=activations, outliers=outliers)(*args, **kwargs)
 
 
 def _watching(rules: trace.Rules, record: Callable[[Meeting], None]) -> trace.Rules:
