@@ -2,9 +2,11 @@
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,8 +23,8 @@ CPUINFO = Path("/proc/cpuinfo")
 # The CPU's instructions that integer and bfloat16 matmuls live on, as Linux names them.
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 # The relative mean error that no sound contender reaches and no broken one stays below, by the start of its name.
-BOUNDS = {"float32": 1e-3, "bf16": 0.02, "int8": 0.05, "int4": 0.25, "nf4": 0.25}
-FEWEST = 3
+BOUNDS = {"float32": 1e-3, "bf16": 0.02, "W8": 0.05, "W4": 0.25, "NF4": 0.25}
+FEWEST, PAUSE = 3, 0.02
 
 Call = Callable[[], Any]
 
@@ -61,10 +63,27 @@ def turns(passes: Mapping[str, Callable[[], Any]], runs: int, seconds: float = f
 
 
 def medians(calls: Mapping[str, Call], runs: int, seconds: float = float("inf")) -> dict[str, float]:
-    """The median seconds of each call, all of them taking turns, as `turns`, after one that does not count."""
+    """The median seconds of each call, all of them taking turns in an order drawn anew, after one that does not count.
+
+    For milliseconds after a call, threads of PyTorch go round waiting for the next and take a core from whoever has the
+    turn then. Its calls therefore follow one another, with a pause and calls that do not count before them and after.
+    """
     for call in calls.values():
         jax.block_until_ready(call())
-    return turns({name: lambda call=call: timed(call)[1] for name, call in calls.items()}, runs, seconds)
+    pools = [[name for name in calls if ("torch" in name) == torch] for torch in (False, True)]
+    pools, draw = [pool for pool in pools if pool], random.Random(0)
+
+    def one(pool: list[str]) -> dict[str, float]:
+        draw.shuffle(pool)
+        if len(pools) > 1:
+            time.sleep(PAUSE)
+            end = time.perf_counter() + PAUSE
+            while time.perf_counter() < end:
+                jax.block_until_ready(calls[pool[0]]())
+        return {name: timed(calls[name])[1] for name in pool}
+
+    found = turns({pool[0]: functools.partial(one, pool) for pool in pools}, runs, seconds)
+    return {name: next(times[name] for times in found.values() if name in times) for name in calls}
 
 
 def relative_error(reference: Any, out: Any) -> float:
@@ -128,9 +147,10 @@ def options(doc: str, name: str, runs: int, seconds: float) -> argparse.Argument
 
 
 def write(path: Path, results: Any, console: Console) -> None:
-    """Writes results, and the machine they are from, as JSON."""
+    """Writes results, and the machine they are from, as JSON; figures to six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    rounded = json.loads(json.dumps(results), parse_float=lambda number: float(f"{float(number):.6g}"))
+    path.write_text(json.dumps({"machine": machine(), "results": rounded}, indent=1) + "\n")
     console.print(f"Written to {path.name}.", style="dim")
 
 
@@ -148,31 +168,44 @@ def table(what: str, found: list[dict[str, Any]]) -> Table:
     """The speed-ups of contenders over float32 by rows; other libraries, known by their brackets, come last."""
     cells = {(one["contender"], one["rows"]): one for one in found}
     names, rows = (list(dict.fromkeys(key)) for key in zip(*cells, strict=True))
-    shown = Table("speed-up over float32", title=title(what))
+    shown = Table("of float32's speed", title=title(what))
     for count in rows:
-        shown.add_column(f"{count} rows" if count > 1 else "1 row", justify="right")
+        shown.add_column(_rows(count), justify="right")
     shown.add_column("error", justify="right")
-    for name in sorted(names, key=lambda name: "(" in name):
-        if "(" in name and not any("(" in str(cell) for cell in shown.columns[0].cells):
-            shown.add_section()
+    ours = [name for name in names if "(" not in name]
+    for name in [*ours, *(name for name in names if name not in ours)]:
         of_name = [cells[name, count] for count in rows]
         speedups = [f"[{'green' if one['speedup'] >= 1 else 'red'}]{one['speedup']:.2f}" for one in of_name]
-        shown.add_row(name, *speedups, f"{max(one['error'] for one in of_name):.4f}")
+        error = f"{max(one['error'] for one in of_name):.4f}"
+        shown.add_row(name, *speedups, error, end_section=name == ours[-1])
     shown.add_section()
     shown.add_row("float32, ms", *(f"{cells['float32', count]['milliseconds']:.3f}" for count in rows))
     return shown
 
 
-def print_losses(found: list[dict[str, Any]], console: Console) -> None:
-    """Where another library is faster at the same arithmetic: it is called as ours is, and then by its name."""
+def print_against_others(found: list[dict[str, Any]], console: Console) -> None:
+    """How ours compare with other libraries at the same arithmetic: called as ours is, and then by the library."""
 
     def cell(one: dict[str, Any]) -> tuple[Any, ...]:
-        return one.get("shape"), one["rows"], one["contender"].partition(" (")[0]
+        return one.get("shape", ""), one["rows"], one["contender"].partition(" (")[0]
 
-    ours = {cell(one): one for one in found if "(" not in one["contender"]}
+    floats = ("float32", "bf16")
+    mine = [one for one in found if "(" not in one["contender"] and one["contender"] not in floats]
+    ours = {cell(one): one["milliseconds"] for one in mine}
+    shown = Table("other library", title="speed-up of ours over other libraries")
+    for heading in ("ours is faster in", "median", "least", "where"):
+        shown.add_column(heading, justify="right")
     rivals = [one for one in found if "(" in one["contender"] and cell(one) in ours]
-    lost = [one for one in rivals if one["milliseconds"] < ours[cell(one)]["milliseconds"]]
-    console.print(f"Slower than another library at the same arithmetic in {len(lost)} of {len(rivals)} comparisons:")
-    for one in lost:
-        ratio = ours[cell(one)]["milliseconds"] / one["milliseconds"]
-        console.print(f"  {one.get('shape', '')} {one['rows']} rows, {one['contender']}: {ratio:.2f} x", style="dim")
+    for name in dict.fromkeys(one["contender"] for one in rivals):
+        of_name = [one for one in rivals if one["contender"] == name]
+        ratios = {cell(one): one["milliseconds"] / ours[cell(one)] for one in of_name}
+        (shape, rows, _), least = min(ratios.items(), key=lambda item: item[1])
+        wins = f"{sum(ratio > 1 for ratio in ratios.values())} of {len(ratios)}"
+        middle = statistics.median(ratios.values())
+        shown.add_row(name, wins, f"{middle:.2f}", f"{least:.2f}", f"{shape} {_rows(rows)}".strip())
+    if rivals:
+        console.print(shown)
+
+
+def _rows(count: int) -> str:
+    return f"{count} rows" if count > 1 else "1 row"

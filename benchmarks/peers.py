@@ -5,6 +5,8 @@ arithmetic, with the library in brackets.
 """
 
 import functools
+import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,10 @@ def qwix_matmuls() -> dict[str, Callable[..., Any]]:
         return prepare
 
     return {
-        "int8, int8 activations (Qwix)": contender(jnp.int8, None, True),
-        "int8, weight-only (Qwix)": contender(jnp.int8, None, False),
-        "int4, weight-only (Qwix)": contender(jnp.int4, None, False),
-        "int4 g64, weight-only (Qwix)": contender(jnp.int4, 64, False),
+        "W8A8 (Qwix)": contender(jnp.int8, None, True),
+        "W8 (Qwix)": contender(jnp.int8, None, False),
+        "W4 (Qwix)": contender(jnp.int4, None, False),
+        "W4 g64 (Qwix)": contender(jnp.int4, 64, False),
     }
 
 
@@ -80,7 +82,7 @@ def aqt_matmuls() -> dict[str, Callable[..., Any]]:
 
         return prepare
 
-    return {"int8, int8 activations (AQT)": contender(8, 8), "int8, weight-only (AQT)": contender(None, 8)}
+    return {"W8A8 (AQT)": contender(8, 8), "W8 (AQT)": contender(None, 8)}
 
 
 def torch_matmuls() -> dict[str, Callable[..., Any]]:
@@ -120,7 +122,8 @@ def torch_matmuls() -> dict[str, Callable[..., Any]]:
         module = torch.nn.Sequential(torch.nn.Linear(*w.shape, bias=False))
         module[0].weight.copy_(tensor(w.T))
         config = torch.ao.quantization.per_channel_dynamic_qconfig
-        module = torch.ao.quantization.quantize_dynamic(module, {"0": config})
+        with warnings.catch_warnings(action="ignore"):  # that its quantized dtypes will be gone in some later release
+            module = torch.ao.quantization.quantize_dynamic(module, {"0": config})
         return lambda x: functools.partial(module, tensor(x))
 
     def int8_only(w: jax.Array) -> Callable[..., Any]:
@@ -138,10 +141,10 @@ def torch_matmuls() -> dict[str, Callable[..., Any]]:
     return {
         "float32 (torch)": linear(torch.float32),
         "bf16 (torch)": linear(torch.bfloat16),
-        "int8, int8 activations (torch)": int8_int8,
-        "int8, int8 activations (torch, dynamic)": dynamic,
-        "int8, weight-only (torch)": int8_only,
-        "int4 g64, weight-only (torch)": int4_only,
+        "W8A8 (torch)": int8_int8,
+        "W8A8 (torch, dynamic)": dynamic,
+        "W8 (torch)": int8_only,
+        "W4 g64 (torch)": int4_only,
     }
 
 
@@ -158,35 +161,43 @@ def qwix_models(model: nn.Module, params: Any, x: jax.Array) -> dict[str, tuple[
         return quantized.apply, {"params": qwix.quantize_params(params["params"], shapes["params"])}
 
     return {
-        "int8, int8 activations (Qwix)": contender(weight_qtype=jnp.int8, act_qtype=jnp.int8),
-        "int8, weight-only (Qwix)": contender(weight_qtype=jnp.int8),
-        "int4 g128, weight-only (Qwix)": contender(weight_qtype=jnp.int4, tile_size=128),
+        "W8A8 (Qwix)": contender(weight_qtype=jnp.int8, act_qtype=jnp.int8),
+        "W8 (Qwix)": contender(weight_qtype=jnp.int8),
+        "W4 g128 (Qwix)": contender(weight_qtype=jnp.int4, tile_size=128),
     }
 
 
 def llama_cpp_models(
     files: Mapping[str, Path], prompt: list[int], steps: int
 ) -> dict[str, tuple[Callable[[], dict[str, float]], Callable[[], np.ndarray]]]:
-    """GGUF files in llama.cpp: for each, a pass over the prompt and `steps` more tokens, and the prompt's last logits."""
+    """GGUF files in llama.cpp, with and without its flash attention, which helps prompts and slows decoding.
+
+    Args:
+      files: by name.
+      prompt: the tokens to read at once.
+      steps: how many more to decode, greedily.
+
+    Returns:
+      For each, a pass that times both parts, and a function that gives the logits of the prompt's last token.
+    """
     import llama_cpp
 
-    def contender(path: Path) -> tuple[Callable[[], dict[str, float]], Callable[[], np.ndarray]]:
+    def contender(path: Path, flash: bool) -> tuple[Callable[[], dict[str, float]], Callable[[], np.ndarray]]:
         count, length = measure.threads(), len(prompt) + steps
         counts = {"n_threads": count, "n_threads_batch": count, "n_batch": length, "n_ubatch": length}
-        model = llama_cpp.Llama(str(path), n_ctx=length, verbose=False, **counts)
+        model = llama_cpp.Llama(str(path), n_ctx=length, flash_attn=flash, verbose=False, **counts)
 
         def read(tokens: list[int]) -> np.ndarray:
             model.eval(tokens)
             return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),))
 
+        def decode(logits: np.ndarray) -> None:
+            for _ in range(steps):
+                logits = read([int(logits.argmax())])
+
         def one() -> dict[str, float]:
             model.reset()
             logits, reading = measure.timed(lambda: read(prompt))
-
-            def decode(logits: np.ndarray) -> None:
-                for _ in range(steps):
-                    logits = read([int(logits.argmax())])
-
             return {"prompt": reading, "decode": measure.timed(lambda: decode(logits))[1]}
 
         def last_logits() -> np.ndarray:
@@ -195,4 +206,6 @@ def llama_cpp_models(
 
         return one, last_logits
 
-    return {name: contender(path) for name, path in files.items()}
+    attentions = {"llama.cpp": False, "llama.cpp, flash": True}
+    pairs = itertools.product(files.items(), attentions.items())
+    return {f"{name} ({how})": contender(path, flash) for (name, path), (how, flash) in pairs}
