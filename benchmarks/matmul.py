@@ -54,12 +54,12 @@ def in_floats(dtype: Any) -> Callable[..., Any]:
     return prepare
 
 
-def in_codes(format: jq.Format, activations: jq.Format | None) -> Callable[..., Any]:
-    """A contender of ours."""
+def in_codes(format: jq.Format, activations: jq.Format | None, store: Callable[..., Any]) -> Callable[..., Any]:
+    """A contender of ours, and how it stores the weight."""
     run = jax.jit(jq.quantized(multiply, activations=activations))
 
     def prepare(w: jax.Array) -> Callable[..., Any]:
-        q = jq.quantize(w, format)
+        q = store(jq.quantize(w, format))
         return lambda x: functools.partial(run, q, x)
 
     return prepare
@@ -68,7 +68,9 @@ def in_codes(format: jq.Format, activations: jq.Format | None) -> Callable[..., 
 def contenders() -> dict[str, Callable[..., Any]]:
     """Float32, bfloat16 and every case: each takes a weight, then activations, and gives what is to be timed."""
     floats = {"float32": in_floats(jnp.float32), "bf16": in_floats(jnp.bfloat16)}
-    return floats | {name: in_codes(*case) for name, case in CASES.items()}
+    ours = {name: in_codes(*case, lambda q: q) for name, case in CASES.items()}
+    turned = {f"{name} turned": in_codes(*CASES[name], jq.turned) for name in ("W8A8", "W8")}
+    return floats | ours | turned
 
 
 def fits(name: str, inputs: int) -> bool:

@@ -73,6 +73,7 @@ def mlp(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
             name: (jq.quantized(model.apply, activations=activations), jq.quantize_params(params, format))
             for name, (format, activations) in CASES.items()
         },
+        "W8A8 turned": (jq.quantized(model.apply), jq.turned(jq.quantize_params(params, jq.int8))),
         **peers.present({"Qwix": peers.qwix_models}, console, model, params, jnp.ones((1, WIDTH))),
     }
     compiled = {name: functools.partial(jax.jit(apply), params) for name, (apply, params) in models.items()}
@@ -148,7 +149,8 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
         "float32": contender(apply, params),
         "bf16": contender(apply, half(params), functools.partial(LayerCache.empty, dtype=jnp.bfloat16)),
         "W8A8": contender(jq.quantized(apply), int8),
-        "W8A8, affine, one outlier": contender(jq.quantized(apply, **ARITHMETIC), int8),
+        "W8A8 turned": contender(jq.quantized(apply), jq.turned(int8)),
+        "W8A8 turned, affine, one outlier": contender(jq.quantized(apply, **ARITHMETIC), jq.turned(int8)),
         "W4A8 g64, head W8A8": contender(jq.quantized(apply), int4),
         **peers.present({"llama.cpp": peers.llama_cpp_models}, console, files, tokens, STEPS),
     }

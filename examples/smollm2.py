@@ -74,7 +74,7 @@ class Contender:
     @property
     def megabytes(self) -> float:
         """What the parameters take, QTensors counted with their scales."""
-        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, jq.QTensor))
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, jq.QTensor | jq.Turned))
         return sum(leaf.nbytes for leaf in leaves) / 1e6
 
 
@@ -92,7 +92,8 @@ def prepare(name: str, config: LlamaConfig, params: Any, layer: Callable[..., An
     """Quantizes the model, compiles its two programs (a whole window, one token) and times the second."""
     apply = Llama(config).apply
     if (chosen := FORMATS[name]) is not None:
-        apply, params = jq.quantized(apply, **ARITHMETIC), jq.quantize_params(params, chosen)
+        # Turned: in the order in memory that a CPU reads int8 fastest.
+        apply, params = jq.quantized(apply, **ARITHMETIC), jq.turned(jq.quantize_params(params, chosen))
     forward = jax.jit(apply)
     step = jax.jit(lambda params, tokens, cache: generate_step(apply, params, tokens, cache), donate_argnums=2)
 

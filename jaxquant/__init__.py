@@ -52,3 +52,5 @@ from jaxquant.transforms.qat import learn_steps as learn_steps
 from jaxquant.transforms.qat import qat as qat
 from jaxquant.transforms.quantized import quantized as quantized
 from jaxquant.transforms.sequential import quantize_sequentially as quantize_sequentially
+from jaxquant.turned import Turned as Turned
+from jaxquant.turned import turned as turned

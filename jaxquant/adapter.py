@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.qtensor import decode, is_qtensor
+from jaxquant.turned import is_turned
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scaling"])
@@ -117,7 +118,9 @@ def is_adapted(leaf: Any) -> bool:
 
 
 def entered(leaf: Any) -> Any:
-    """A leaf as a walk takes it: an adapter taken apart, and scales that are in codes themselves decoded."""
+    """A leaf as a walk takes it: an adapter taken apart, a turned weight as it is stored, scales in codes decoded."""
+    if is_turned(leaf):
+        return leaf.stored.settled
     if is_adapted(leaf):
         return Sides.of(dataclasses.replace(leaf, base=entered(leaf.base)))
     return leaf.settled if is_qtensor(leaf) else leaf
@@ -125,4 +128,4 @@ def entered(leaf: Any) -> Any:
 
 def is_leaf(leaf: Any) -> bool:
     """Whether a leaf is more than an array, for the `is_leaf` of `jax.tree.map`."""
-    return is_qtensor(leaf) or is_adapted(leaf)
+    return is_qtensor(leaf) or is_adapted(leaf) or is_turned(leaf)

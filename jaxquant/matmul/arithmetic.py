@@ -64,30 +64,32 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
       outliers: how many of each token's largest activations stay in floating point.
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
-    # A kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
-    fits_gpu = not inputs_last and jnp.dtype(q.dtype).itemsize <= 4
-    gpu, gpu_floats = (gpu_dot, gpu_dot_floats) if fits_gpu else (None, None)
+    # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
+    gpu = None if inputs_last or jnp.dtype(q.dtype).itemsize > 4 else gpu_dot_floats
     if not q.is_integer:
-        return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu_floats)
+        return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
         digits_pay = rows <= _FEW_DIGITS and groups == 1
-        return Formulation(WEIGHT_ONLY, "activations=None", run=digits if digits_pay else None, gpu=gpu_floats)
-    exact = functools.partial(integer, gpu=gpu, activations=activations, outliers=min(outliers, inputs))
+        run = functools.partial(digits, inputs_last=inputs_last) if digits_pay else None
+        return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu)
+    options = {"inputs_last": inputs_last, "activations": activations, "outliers": min(outliers, inputs)}
+    exact = functools.partial(integer, **options)
     if groups == inputs > 1:
         return Formulation(INTEGER, run=functools.partial(folded, run=exact))
     if groups > 1 and (rows > _FEW_ROWS or inputs_last):
         heard = functools.partial(say, activations=activations, outliers=outliers)
         reason = f"with {groups} groups and {rows} rows it is faster decoded"
-        return Formulation(FLOAT, reason + (" on CPU" if gpu else ""), say=heard, gpu=exact if gpu else None)
+        reason, gpu = (reason, None) if inputs_last else (f"{reason} on CPU", exact)
+        return Formulation(FLOAT, reason, say=heard, gpu=gpu)
     return Formulation(INTEGER, run=exact)
 
 
 def integer(
     x: Float[Array, "B M K"],
     q: QTensor,
-    gpu: Callable[[Array, QTensor], Array] | None,
+    inputs_last: bool,
     activations: Format,
     outliers: int,
 ) -> Float[Array, "B M N"]:
@@ -95,9 +97,9 @@ def integer(
     rest, largest = split_outliers(x, outliers)
     tokens = quantize_tokens(rest, activations, bound=q.input_bound)
     if tokens.zero is None:
-        out = tokens.scale * _codes_dot(tokens.codes, q, gpu)
+        out = tokens.scale * _codes_dot(tokens.codes, q, inputs_last)
     else:
-        sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q, gpu)
+        sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q, inputs_last)
         out = tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
     return functools.reduce(operator.add, [value * _weight_rows(q, index) for index, value in largest], out)
 
@@ -108,7 +110,7 @@ def folded(x: Float[Array, "B M K"], q: QTensor, run: Callable[[Array, QTensor],
     return run(scaled, dataclasses.replace(q, scale=jnp.ones((1, 1, 1), jnp.float32)))
 
 
-def digits(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
+def digits(x: Float[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:
     """Float activations against integer codes without decoding them, where that is slow (CPU).
 
     `x = s1 c1 + s2 c2 + s3 c3` with each digit the int8 code of what the ones before it left, which is exact to
@@ -122,7 +124,7 @@ def digits(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
             rest = rest - digit.codes.astype(jnp.float32) * digit.scale
             codes.append(digit.codes)
             scales.append(digit.scale)
-        parts = jnp.split(_grouped_dot(jnp.concatenate(codes, 1), q), 3, axis=1)
+        parts = jnp.split(_grouped_dot(jnp.concatenate(codes, 1), q, inputs_last), 3, axis=1)
         return functools.reduce(operator.add, map(operator.mul, scales, parts))
 
     def as_floats(x, q):
@@ -207,20 +209,17 @@ def _weight_rows(q: QTensor, index: Int[Array, "B M"]) -> Float[Array, "B M N"]:
     return centred * of_token(q.scale)
 
 
-def _codes_dot(
-    codes: Int8[Array, "B M K"], q: QTensor, gpu: Callable[[Array, QTensor], Array] | None
-) -> Float[Array, "B M N"]:
+def _codes_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:
     """`sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32."""
     codes, q = _split_long(codes, q)
-    if gpu is None:
-        return _grouped_dot(codes, q)
-    return jax.lax.platform_dependent(codes, q, cuda=gpu, default=_grouped_dot)
+    anywhere = functools.partial(_grouped_dot, inputs_last=inputs_last)
+    return anywhere(codes, q) if inputs_last else jax.lax.platform_dependent(codes, q, cuda=gpu_dot, default=anywhere)
 
 
-def _grouped_dot(codes: Int8[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
+def _grouped_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:
     (b, m, k), n, groups = codes.shape, q.shape[2], q.scale.shape[1]
     x = jnp.swapaxes(codes.reshape(b, m, groups, k // groups), 1, 2)
-    total = integer_dot(x, q.codes.reshape(b, groups, k // groups, n))
+    total = integer_dot(x, q.codes.reshape(b, groups, k // groups, n), inputs_last)
     if q.zero is not None:
         zero = q.zero.astype(jnp.int32)[:, :, None, :]
         total = total - zero * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True)

@@ -15,10 +15,22 @@ from jaxtyping import Array, Int8, Int32, Shaped
 LONGEST = (2**31 - 1) // (128 * 255)
 # A matmul for each place in a byte pays from this many outputs on.
 _WIDE = 256
+# Up to this many rows the weight is the left operand where it can be: of more rows the product would have to be turned.
+_SHORT = 64
 
 
-def integer_dot(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
-    """The product of the codes of activations and those of weights in any integer container."""
+def integer_dot(
+    x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"], inputs_last: bool = False
+) -> Int32[Array, "B G M N"]:
+    """The product of the codes of activations and those of weights in any integer container.
+
+    Args:
+      x: the activations.
+      w: the weights.
+      inputs_last: whether their inputs are what lies together in memory.
+    """
+    if inputs_last:
+        return jax.lax.platform_dependent(x, w, cpu=_turned, default=_widened)
     rows, packed = x.shape[2], 8 // jnp.iinfo(w.dtype).bits
     by_bytes = packed > 1 and w.shape[-1] % packed == 0 and w.shape[-1] >= packed * _WIDE
     if rows > 1 and not by_bytes:
@@ -33,6 +45,22 @@ def integer_dot(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32
 
 def _widened(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
     return batched_dot(x, w.astype(jnp.int8), jnp.int32)
+
+
+def _turned(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
+    """The weight as it lies, `[N, k]`, and the left operand of a few rows: the right one the library packs anew."""
+    rows = x.shape[2]
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, max(0, 2 - rows)), (0, 0)))
+    x2, w2 = _plain(padded), _plain(w.astype(jnp.int8))
+    # Turned after the reshape, where XLA sees that a transpose of a transpose is nothing, and held, or it would fold
+    # one of them into the matmul, which then is not one for the library.
+    lies = jax.lax.optimization_barrier(jnp.swapaxes(w2, -1, -2))
+    last, batch = x2.ndim - 1, tuple(range(x2.ndim - 2))
+    operands = (lies, x2) if rows <= _SHORT else (x2, lies)
+    out = jax.lax.dot_general(*operands, (((last,), (last,)), (batch, batch)), preferred_element_type=jnp.int32)
+    if rows <= _SHORT:
+        out = jnp.swapaxes(jax.lax.optimization_barrier(out), -1, -2)  # or XLA swaps the operands back
+    return out.reshape(*padded.shape[:3], w.shape[3])[:, :, :rows]
 
 
 def _by_bytes(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
@@ -52,10 +80,14 @@ def unpacked(held: Int8[Array, "..."], place: int, packed: int) -> Int8[Array, "
 
 
 def batched_dot(x: Array, w: Array, dtype) -> Array:
-    """`x[B, G, M, k] @ w[B, G, k, N]`, without the batch axes that are 1: XLA's fast paths look for plain matrices."""
-    lead = [n for n in x.shape[:2] if n != 1]
-    x2, w2 = x.reshape(*lead, *x.shape[2:]), w.reshape(*lead, *w.shape[2:])
-    batch = tuple(range(len(lead)))
-    numbers = (((len(lead) + 1,), (len(lead),)), (batch, batch))
+    """`x[B, G, M, k] @ w[B, G, k, N]`, in the form of `_plain`."""
+    x2, w2 = _plain(x), _plain(w)
+    batch = tuple(range(x2.ndim - 2))
+    numbers = (((x2.ndim - 1,), (x2.ndim - 2,)), (batch, batch))
     out = jax.lax.dot_general(x2, w2, numbers, preferred_element_type=dtype)
     return out.reshape(*x.shape[:3], w.shape[3])
+
+
+def _plain(matrices: Array) -> Array:
+    """Without the two batch axes where they are 1: XLA's fast paths look for plain matrices."""
+    return matrices.reshape(*[n for n in matrices.shape[:2] if n != 1], *matrices.shape[2:])

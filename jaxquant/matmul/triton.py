@@ -23,7 +23,7 @@ from jaxquant.matmul.integers import LONGEST, unpacked
 from jaxquant.qtensor import look_up
 
 # How many programs keep every core of a large GPU busy: below that the sum over inputs is split among several.
-_PROGRAMS = 256
+_PROGRAMS = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jaxquant.format import Format, int8
 from jaxquant.lowering import Program, lower_for
 from jaxquant.matmul import Meeting
 from jaxquant.transforms.quantized import quantized
+from jaxquant.turned import straightened
 
 _COLOURS = {matmul.INTEGER: "green", matmul.WEIGHT_ONLY: "yellow", matmul.FLOAT: "red"}
 _COLUMNS = ("parameter", "operation", "activations", "weight", "format", "arithmetic", "why")
@@ -103,9 +104,10 @@ def explain(
     meetings: list[Meeting] = []
     rules = _watching(matmul.rules(activations, outliers, meetings.append), meetings.append)
     watched = jax.tree.map(_watch, params, is_leaf=is_leaf)
-    staged = trace.stage(fn, rules, (watched, *args), kwargs)
-    jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)
     leaves, _ = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs), is_leaf=is_leaf)
+    straight = straightened(fn, [leaf for _, leaf in leaves])
+    staged = trace.stage(straight, rules, (watched, *args), kwargs)
+    jax.eval_shape(lambda *inputs: trace.walk(staged.jaxpr, inputs, rules), *staged.inputs)
     in_codes = [trace.argument_name(path) for path, leaf in leaves if is_leaf(leaf)]
     met = {meeting.path for meeting in meetings if meeting.activations is not None}
     program = None

@@ -9,6 +9,7 @@ import jax
 from jaxquant import matmul, trace
 from jaxquant.adapter import entered, is_leaf
 from jaxquant.format import Format, int8
+from jaxquant.turned import straightened
 
 
 def quantized(fn: Callable, *, activations: Format | None = int8, outliers: int = 0) -> Callable:
@@ -43,12 +44,12 @@ def quantized(fn: Callable, *, activations: Format | None = int8, outliers: int 
 
 def under(fn: Callable, rules: trace.Rules) -> Callable:
     """The function evaluated under rules for `QTensor`s; leaves that come back unchanged are those that went in."""
-    run = trace.transform(fn, rules)
 
     @functools.wraps(fn)
     def walked(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
         inside = [entered(leaf) for leaf in leaves]
+        run = trace.transform(straightened(fn, leaves), rules)
         args, kwargs = treedef.unflatten(inside)
         came_in = {id(new): old for new, old in zip(inside, leaves, strict=True) if new is not old}
         return jax.tree.map(lambda out: came_in.get(id(out), out), run(*args, **kwargs), is_leaf=matmul.is_param)

@@ -1,0 +1,95 @@
+"""`turned`: weights stored with their inputs last, which is how XLA on CPU reads int8 fastest.
+
+    w[in, out]  in memory as  w^T[out, in]
+
+A matmul of a few rows is bound by reading the weight, and the library that XLA calls packs it anew each time unless it
+is the left operand with its inputs last. A turned weight enters a function transposed, as any other view does.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.trace.views import transpose
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stored"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """A weight in codes whose last two axes are swapped in memory; it stands for what it was before.
+
+    Args:
+      stored: the `QTensor` of the transposed array.
+    """
+
+    # Any, because a tree may also hold shapes or shardings in the place of arrays.
+    stored: Any
+
+    @property
+    def upright(self) -> QTensor:
+        """The weight as it was."""
+        return transpose(self.stored, _swapped(self.stored.ndim))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it takes in memory."""
+        return self.stored.nbytes
+
+
+def turned(tree: PyTree) -> PyTree:
+    """Stores int8 weights with their inputs last, for serving on a CPU; the rest of the tree stays as it is.
+
+    `quantized` and `explain` take the result in the place of the tree, with the same meaning; a turned weight that the
+    function returns comes back as a float array. A few rows are multiplied up to six times as fast on a CPU with AMX
+    (`benchmarks/matmul.py`); on a GPU it brings nothing.
+
+    Args:
+      tree: with `QTensor`s in it. Turned are int8 matrices and stacks of them, with one scale for all their inputs.
+
+    Returns:
+      The tree with a `Turned` in the place of each.
+    """
+    return jax.tree.map(lambda leaf: _turn(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=is_qtensor)
+
+
+def _turn(q: QTensor) -> Any:
+    if q.ndim < 2 or q.codes.dtype != jnp.int8 or q.settled.scale.shape[:-1] != (*q.shape[:-2], 1):
+        return q
+    return Turned(transpose(q, _swapped(q.ndim)))
+
+
+def is_turned(leaf: Any) -> bool:
+    """Whether a leaf is a turned weight, for the `is_leaf` of `jax.tree.map`."""
+    return isinstance(leaf, Turned)
+
+
+def straightened(fn: Callable, leaves: Sequence[Any]) -> Callable:
+    """A function of arrays as they are stored, which transposes those of turned weights first.
+
+    Args:
+      fn: the function.
+      leaves: of its arguments, in the order of `jax.tree.flatten((args, kwargs))`.
+    """
+    places = [place for place, leaf in enumerate(leaves) if is_turned(leaf)]
+    if not places:
+        return fn
+
+    @functools.wraps(fn)
+    def straight(*args: Any, **kwargs: Any) -> Any:
+        values, treedef = jax.tree.flatten((args, kwargs))
+        for place in places:
+            values[place] = jnp.swapaxes(values[place], -1, -2)
+        args, kwargs = treedef.unflatten(values)
+        return fn(*args, **kwargs)
+
+    return straight
+
+
+def _swapped(rank: int) -> tuple[int, ...]:
+    return (*range(rank - 2), rank - 1, rank - 2)
