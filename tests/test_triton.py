@@ -134,6 +134,14 @@ def test_a_gpu_computes_what_a_cpu_does(rows, weights, activations, on_gpu):
     np.testing.assert_allclose(found, expected, atol=(1e-4 if activations is None else 0.08) * spread * 4)
 
 
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 128, 64), (1, 0, 64), (3, 128, 0)])
+def test_nothing_is_multiplied_to_nothing(rows, inputs, outputs, on_gpu):
+    del on_gpu
+    q = jq.quantize(jnp.zeros((inputs, outputs)), jq.int8)
+    found = jq.quantized(lambda q, x: x @ q)(q, jnp.ones((rows, inputs)))
+    assert np.array_equal(found, np.zeros((rows, outputs)))
+
+
 def test_a_batch_is_more_rows_or_more_matrices(on_gpu):
     """Law: `vmap` over activations, over weights, and over both, is what each gives alone."""
     del on_gpu

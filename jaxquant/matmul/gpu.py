@@ -117,10 +117,10 @@ def _names(axis: Any) -> tuple[str, ...]:
 
 def _on_device(coding: Coding, x, codes, lines) -> Float[Array, "B M N"]:
     """The product of what one device has."""
-    if x.shape[1] == 1:
+    if x.shape[1] == 1 and x.size and codes.size:
         return _reduced(coding, x, codes, lines)
     cut = tiles(x.shape[1], codes.shape[1:], lines.shape[2], coding.packed)
-    if cut is None:
+    if cut is None or not x.size or not codes.size:
         return _widened(coding, x, codes, lines)
     return jax.vmap(lambda x, codes, lines: triton_dot(x, codes, lines, coding, cut))(x, codes, lines)
 
@@ -138,10 +138,10 @@ def _reduced(coding: Coding, x, codes, lines) -> Float[Array, "B 1 N"]:
 
 
 def _widened(coding: Coding, x, codes, lines) -> Float[Array, "B M N"]:
-    """Where the tiles do not fit: a matmul for each group, and the scales after it."""
+    """Where the tiles do not fit, or nothing is there: a matmul for each group, and the scales after it."""
     (b, m, k), groups, exact = x.shape, lines.shape[2], _exact(x)
-    values = coding.numbers(codes, x.dtype).reshape(b, groups, k // groups, -1)
-    rows = jnp.swapaxes(x.reshape(b, m, groups, -1), 1, 2)
+    values = coding.numbers(codes, x.dtype).reshape(b, groups, k // groups, codes.shape[2])
+    rows = jnp.swapaxes(x.reshape(b, m, groups, k // groups), 1, 2)
     sums = jnp.matmul(rows, values, preferred_element_type=exact)
     taken = jnp.sum(rows, axis=3, dtype=exact, keepdims=True)
     return jnp.sum(_on_lines(sums, taken, lines[:, :, :, None]), axis=1)
