@@ -128,3 +128,20 @@ def test_a_donated_cache_is_updated_in_place(format):
 def test_other_formats_are_errors(format):
     with pytest.raises(FormatError, match="scale per token and head"):
         jq.KVCache.empty(1, 4, 1, 16, format)
+
+
+def test_a_cache_is_no_weight():
+    """An argument of a quantized function as any other: its codes are left to the function."""
+    cache, _, _ = filled(jq.int8)
+
+    def step(params, cache, x):
+        keys = (x @ params).reshape(BATCH, 1, HEADS, WIDTH)
+        cache = cache.append(keys, keys, 8)
+        return cache.attend(jnp.tile(keys, (1, 1, SHARED, 1)), 8), cache
+
+    params, x = normal(32, HEADS * WIDTH), normal(BATCH, 1, 32, seed=1)
+    q = jq.quantize(params, jq.int8)
+    mixed, grown = jax.jit(jq.quantized(step, activations=None))(q, cache, x)
+    expected, same_cache = jax.jit(step)(jq.dequantize(q), cache, x)
+    np.testing.assert_allclose(mixed, expected, atol=0.02)
+    assert jax.tree.structure(grown) == jax.tree.structure(same_cache) == jax.tree.structure(cache)
