@@ -1,7 +1,7 @@
 """Which card does Llama-3-70B fit on? Compiles decoding and prefill of Llama-3-8B and 70B for GPUs, from shapes alone.
 
 python examples/llama70b.py                      the whole table: about ten minutes, and no GPU
-python examples/llama70b.py --models 70B --weights int2 --cards rtx4090
+python examples/llama70b.py --models 70B --weights "int2 g64" --cards rtx4090
 python examples/llama70b.py --json docs/llama70b.json --plot docs/llama70b.png
 
 No weight exists here and nothing runs: XLA compiles the programs, and says what they take. It needs the two packages of

@@ -55,7 +55,11 @@ def turned(tree: PyTree) -> PyTree:
     Returns:
       The tree with a `Turned` in the place of each.
     """
-    return jax.tree.map(lambda leaf: _turn(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=is_qtensor)
+
+    def is_whole(leaf: Any) -> bool:  # a weight that is turned already stays as it is
+        return is_qtensor(leaf) or is_turned(leaf)
+
+    return jax.tree.map(lambda leaf: _turn(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=is_whole)
 
 
 def _turn(q: QTensor) -> Any:
