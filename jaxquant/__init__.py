@@ -6,6 +6,15 @@ from jaxquant.encode import quantize as quantize
 from jaxquant.evaluate import Divergence as Divergence
 from jaxquant.evaluate import divergence as divergence
 from jaxquant.evaluate import perplexity as perplexity
+from jaxquant.files import load as load
+from jaxquant.files import load_gguf as load_gguf
+from jaxquant.files import load_metadata as load_metadata
+from jaxquant.files import load_safetensors as load_safetensors
+from jaxquant.files import quantize_checkpoint as quantize_checkpoint
+from jaxquant.files import save as save
+from jaxquant.files import save_compressed_tensors as save_compressed_tensors
+from jaxquant.files import save_gguf as save_gguf
+from jaxquant.files import save_gptq as save_gptq
 from jaxquant.format import Format as Format
 from jaxquant.format import fp8 as fp8
 from jaxquant.format import int2 as int2

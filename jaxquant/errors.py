@@ -51,3 +51,11 @@ class MissingPackageError(ImportError):
 
 class CompileError(RuntimeError):
     """A program that the compiler of another device refused, or broke on."""
+
+
+class FileError(ValueError):
+    """A file that is not what it says it is, or holds what cannot be read."""
+
+
+class ChecksumError(FileError):
+    """Bytes of a file that are not those that were written."""

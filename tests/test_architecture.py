@@ -35,10 +35,12 @@ LAYERS = {
     "params": 7,
     "lora": 8,
     "static": 7,
+    "files": 8,
     "transforms": 8,
     "evaluate": 9,
     "report": 9,
     "__init__": 10,
+    "cli": 11,
 }
 CORE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 

@@ -1,0 +1,140 @@
+"""`load`: the tree that `save` wrote, each array checked as it is read."""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from jaxquant.errors import ChecksumError, FileError
+from jaxquant.files.arrays import array_of
+from jaxquant.files.checkpoint import inside
+from jaxquant.files.container import Container, open_container
+from jaxquant.files.description import rebuild
+from jaxquant.params import is_bundle
+from jaxquant.trace import path_name
+from jaxquant.turned import is_turned
+
+VERSION = 1
+
+
+def load(path: str | os.PathLike, like: PyTree = None) -> PyTree:
+    """Reads what `save` wrote, one array after the other.
+
+    Args:
+      path: of the file.
+      like: a tree of the structure to give back, such as the float parameters or their shapes; its leaves are replaced
+        by those of the same paths. None: dicts, lists and tuples.
+
+    Returns:
+      The tree. What was one array on two paths is one again.
+
+    Raises:
+      ChecksumError: bytes are not those that were written; the message names the tensor.
+      FileError: it is no file of `save`'s, or of a newer version; or it has other paths or shapes than `like`.
+      OSError: it cannot be read.
+    """
+    container = open_container(path)
+    described = _description(container)
+    tensors, folder = described["tensors"], container.path.parent
+    opened = functools.cache(lambda file: open_container(inside(folder, file)))
+
+    @functools.cache
+    def read(name: str) -> Any:
+        entry = tensors.get(name)
+        if not isinstance(entry, dict) or not isinstance(file := entry.get("file", ""), str):
+            raise FileError(f"its description has no tensor {name[:80]!r}.")
+        return array_of(name, entry, opened(file) if file else container)
+
+    try:
+        tree = rebuild(described["tree"], read)
+    except RecursionError as error:
+        raise FileError(f"{path}: its tree is too deep.") from error
+    except FileError as error:
+        raise error if str(error).startswith(str(folder)) else FileError(f"{path}: {error}") from error
+    return tree if like is None else _placed(tree, like, container.path)
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata that `save` was given.
+
+    Raises:
+      ChecksumError, FileError, OSError: as `load`.
+    """
+    return _description(open_container(path))["metadata"]
+
+
+def shards(path: Path) -> set[str]:
+    """The files of `save`'s own naming that a checkpoint has beside it; none where there is no checkpoint."""
+    try:
+        tensors = _description(open_container(path))["tensors"].values()
+    except (FileError, OSError):
+        return set()
+    files = {entry.get("file") for entry in tensors if isinstance(entry, dict)}
+    ours = re.compile(re.escape(path.stem) + "-[0-9a-f]{16}" + re.escape(path.suffix))
+    return {file for file in files if isinstance(file, str) and ours.fullmatch(file)}
+
+
+def seal(text: str) -> str:
+    """A text behind its own checksum."""
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {text}"
+
+
+def unsealed(container: Container, name: str) -> str:
+    """The text that a file holds behind its checksum.
+
+    Raises:
+      ChecksumError: it is not the text that was written.
+      FileError: there is none of that name.
+    """
+    sealed = container.metadata.get(name)
+    if sealed is None:
+        raise FileError(
+            f"{container.path}: it is not of jaxquant's save, or its description is damaged. jq.load_safetensors reads "
+            "files of other programs."
+        )
+    text = sealed.partition(" ")[2]
+    if seal(text) != sealed:
+        raise ChecksumError(f"{container.path}: its description, in the header, is not the one that was written.")
+    return text
+
+
+def _description(container: Container) -> dict[str, Any]:
+    try:
+        described = json.loads(unsealed(container, "jaxquant"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{container.path}: its description is not JSON: {error}") from error
+    match described:
+        case {"version": int(version), **_rest} if version > VERSION:
+            newer = f"it is of version {version}, and this jaxquant reads up to {VERSION}. Install a newer one."
+            raise FileError(f"{container.path}: {newer}")
+        case {"version": int(), "tree": Mapping(), "tensors": dict(), "metadata": dict()}:
+            return described
+    raise FileError(f"{container.path}: its description has not the parts it should have.")
+
+
+def _placed(tree: PyTree, like: PyTree, path: Path) -> PyTree:
+    """The leaves of a tree in the structure of another with the same paths."""
+
+    def whole(leaf: Any) -> bool:
+        return is_bundle(leaf) or is_turned(leaf)
+
+    def named(of: PyTree) -> tuple[dict[str, Any], Any]:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(of, is_leaf=whole)
+        return {path_name(keys): leaf for keys, leaf in leaves}, treedef
+
+    (have, _), (want, treedef) = named(tree), named(like)
+    if have.keys() != want.keys():
+        missing, more = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+        raise FileError(f"{path}: against `like` it lacks {missing[:8]} and has {more[:8]} more.")
+    for name, leaf in have.items():
+        shapes = [getattr(array, "shape", None) for array in (leaf, want[name])]
+        if shapes[0] != shapes[1]:
+            raise FileError(f"{path}: {name} has the shape {shapes[0]}, and {shapes[1]} in `like`.")
+    return treedef.unflatten([have[name] for name in want])

@@ -1,0 +1,125 @@
+"""`quantize_checkpoint`: part by part what `quantize_params` gives of the whole; stopped, it goes on where it was."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_files import same
+
+import jaxquant as jq
+from jaxquant.errors import FileError, NoMatchError, NonFiniteError, ShapeError
+from jaxquant.files import stream
+from jaxquant.files.container import write_container
+
+
+def tensors(layers=3):
+    generator = np.random.default_rng(0)
+    arrays = {"model.embed_tokens.weight": generator.standard_normal((24, 16)).astype(jnp.bfloat16)}
+    for layer in range(layers):
+        arrays[f"model.layers.{layer}.norm.weight"] = np.ones(16, np.float32)
+        arrays[f"model.layers.{layer}.proj.weight"] = generator.standard_normal((32, 16)).astype(np.float32)
+        arrays[f"model.layers.{layer}.steps"] = np.arange(3)
+    return arrays
+
+
+def source(folder, arrays):
+    """A checkpoint of two files, as Hugging Face lays them out."""
+    folder.mkdir()
+    names = list(arrays)
+    halves = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    for file, part in halves.items():
+        write_container(folder / file, {name: arrays[name] for name in part}, {})
+    places = {name: file for file, part in halves.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(stream, "_PART", 3000)
+
+
+def test_it_is_quantize_params_of_the_whole(tmp_path, small_parts):
+    arrays = tensors()
+    src, dst, seen = source(tmp_path / "src", arrays), tmp_path / "q.safetensors", []
+    jq.quantize_checkpoint(src, dst, jq.int4(group=8), progress=lambda done, total: seen.append((done, total)))
+    whole = jq.quantize_params(jq.load_safetensors(src), jq.int4(group=8))
+    same(jq.load(dst), jax.tree.map(lambda leaf: leaf if leaf.dtype == np.int64 else jnp.asarray(leaf), whole))
+    size = sum(array.nbytes for array in arrays.values())
+    assert len(seen) > 2 and seen[-1] == (size, size) and seen == sorted(seen)
+    assert jq.load_metadata(dst)["quantizer"] == repr(jq.int4(group=8))
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, small_parts, monkeypatch):
+    src, dst = source(tmp_path / "src", tensors()), tmp_path / "q.safetensors"
+    quantized = []
+
+    def counted(tree, *args, **options):
+        quantized.extend(tree)
+        if len(quantized) == 3:
+            raise KeyboardInterrupt
+        return jq.quantize_params(tree, *args, **options)
+
+    monkeypatch.setattr(stream, "quantize_params", counted)
+    with pytest.raises(KeyboardInterrupt):
+        jq.quantize_checkpoint(src, dst)
+    assert not dst.exists()
+    jq.quantize_checkpoint(src, dst)
+    again = [name for name in set(quantized) if quantized.count(name) > 1]
+    assert len(set(quantized)) == 4 and len(again) < 3  # at most the part that was not finished
+    same(jq.load(dst)["model"]["layers"]["2"]["proj"]["weight"], whole_of(src)["layers"]["2"]["proj"]["weight"])
+
+
+def whole_of(src):
+    return jq.quantize_params(jq.load_safetensors(src))["model"]
+
+
+def test_another_quantizer_or_source_starts_anew(tmp_path, small_parts):
+    src, dst = source(tmp_path / "src", tensors()), tmp_path / "q.safetensors"
+    for format in (jq.int8, jq.int4):
+        jq.quantize_checkpoint(src, dst, format)
+        assert jq.load(dst)["model"]["embed_tokens"]["weight"].bits == format.bits
+    files = {path.name for path in tmp_path.iterdir()}
+    changed = {name: -array for name, array in tensors().items()}
+    for path in src.iterdir():
+        path.unlink()
+    src.rmdir()
+    jq.quantize_checkpoint(source(src, changed), dst, jq.int4)
+    same(jq.load(dst)["model"]["embed_tokens"], whole_of_int4(src)["embed_tokens"])
+    assert files.isdisjoint({path.name for path in tmp_path.glob("q-*")})  # the old ones are gone
+
+
+def whole_of_int4(src):
+    return jq.quantize_params(jq.load_safetensors(src), jq.int4)["model"]
+
+
+def test_a_broken_part_is_written_anew(tmp_path, small_parts):
+    src, dst = source(tmp_path / "src", tensors()), tmp_path / "q.safetensors"
+    jq.quantize_checkpoint(src, dst)
+    before = jq.load(dst)
+    for path in tmp_path.glob("q-*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FileError):
+        jq.load(dst)
+    jq.quantize_checkpoint(src, dst)
+    same(jq.load(dst), before)
+
+
+CASES = {
+    "nothing chosen": ({}, {"where": lambda path, w: False}, NoMatchError, "model.layers.0.proj.weight"),
+    "not finite": ({"model.layers.1.proj.weight": np.full((4, 4), np.nan, np.float32)}, {}, NonFiniteError, "layers/1"),
+    "a group that does not fit": ({}, {"quantizer": jq.int4(group=7)}, ShapeError, "model/embed_tokens/weight"),
+    "names through a tensor": ({"model.layers.1.proj.weight.x": np.ones(3)}, {}, FileError, "proj.weight"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_errors_name_the_tensor_and_leave_the_old_checkpoint(tmp_path, case):
+    changes, options, error, says = CASES[case]
+    src, dst = source(tmp_path / "src", tensors() | changes), tmp_path / "q.safetensors"
+    jq.save(dst, {"old": jnp.ones(2)})
+    with pytest.raises(error, match=says):
+        jq.quantize_checkpoint(src, dst, **options)
+    same(jq.load(dst), {"old": jnp.ones(2)})
