@@ -9,12 +9,13 @@ Their arrays are parts of the bundle like its scales (`trace.views`), so they fo
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxquant.trace.views import expand
 
@@ -30,6 +31,7 @@ class Rescale:
       factor: float32, full along the stack and the inputs, 1 along the outputs.
     """
 
+    word: ClassVar[str] = "rescaled"  # what was done, for a description
     factor: Any  # as in QTensor, a tree may hold shapes or shardings in the place of arrays
 
     def apply(self, x: Float[Array, "B M K"]) -> Float[Array, "B M K"]:
@@ -62,6 +64,7 @@ class Rotation:
       seams: False; it divides `signs` into the blocks.
     """
 
+    word: ClassVar[str] = "rotated"
     signs: Any
     seams: Any
 
@@ -87,7 +90,55 @@ class Rotation:
         return Rotation(jnp.zeros_like(self.signs), self.seams)
 
 
-Transform = Rescale | Rotation
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "codes", "seams"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Permutation:
+    """`T(x)_j = x_i where inputs_i = codes_j`: the inputs in the order of their groups (GPTQ's act-order).
+
+    Both sides carry labels, because a label stays with its input when axes are split or swapped; an index would not.
+
+    Args:
+      inputs: int32, the label of each input, `0 .. length - 1` in every block; full along the stack and the inputs, 1
+        along the outputs.
+      codes: int32, the label of the input that each row of codes belongs to; of the same shape.
+      seams: False; it divides both into the blocks that are permuted.
+    """
+
+    word: ClassVar[str] = "permuted"
+    inputs: Any
+    codes: Any
+    seams: Any
+
+    def apply(self, x: Float[Array, "B M K"]) -> Float[Array, "B M K"]:
+        """Reorders tokens; the labels are `[1 or B, K, 1]`."""
+        return jnp.swapaxes(self._moved(jnp.swapaxes(x, 1, 2), self.inputs, self.codes), 1, 2)
+
+    def adjoint(self, c: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Brings the rows of a decoded weight back to the order of its inputs."""
+        return self._moved(c, self.codes, self.inputs)
+
+    def blocks(self, rank: int) -> tuple[int, ...]:
+        """The length of the blocks along each axis."""
+        del rank
+        return tuple(n // max(s, 1) for n, s in zip(self.inputs.shape, self.seams.shape, strict=True))
+
+    def identity(self) -> "Permutation":
+        """The transform of this structure that does nothing."""
+        return Permutation(self.inputs, self.inputs, self.seams)
+
+    def _moved(self, values: Float[Array, "..."], here: Array, there: Array) -> Float[Array, "..."]:
+        """Values that lie where `here` has their labels, brought to where `there` has them."""
+        lengths = self.blocks(values.ndim)
+        labels = _as_rows(here, lengths)
+        places = jax.lax.broadcasted_iota(labels.dtype, labels.shape, labels.ndim - 1)
+        # The inverse by a scatter, which takes XLA on CPU 36 us for 4096 labels; sorting them takes 600.
+        of_label = jnp.put_along_axis(labels, labels, places, -1, inplace=False)
+        index = jnp.take_along_axis(of_label, _as_rows(there, lengths), -1)
+        moved = jnp.take_along_axis(_as_rows(values, lengths), index, -1)
+        return _from_rows(moved, lengths, values.shape)
+
+
+Transform = Rescale | Rotation | Permutation
 
 
 def apply(transforms: tuple[Transform, ...], x: Float[Array, "B M K"]) -> Float[Array, "B M K"]:
@@ -118,6 +169,20 @@ def hadamard(x: Float[Array, "..."], axis: int, length: int) -> Float[Array, "..
         matrix = jnp.asarray(_sylvester(width) / math.sqrt(width), x.dtype)
         out = jnp.moveaxis(jnp.tensordot(out, matrix, axes=((axis + 1 + place,), (0,))), -1, axis + 1 + place)
     return out.reshape(x.shape)
+
+
+def _as_rows(x: Shaped[Array, "..."], lengths: Sequence[int]) -> Shaped[Array, "... L"]:
+    """The blocks of an array, each as a row: its axes come last, flattened."""
+    split = [size for n, length in zip(x.shape, lengths, strict=True) for size in (n // length, length)]
+    order = (*range(0, len(split), 2), *range(1, len(split), 2))
+    return x.reshape(split).transpose(order).reshape(*split[::2], math.prod(lengths))
+
+
+def _from_rows(rows: Shaped[Array, "... L"], lengths: Sequence[int], shape: Sequence[int]) -> Shaped[Array, "..."]:
+    """The inverse of `_as_rows`."""
+    rank = len(lengths)
+    split = rows.reshape(*rows.shape[:-1], *lengths)
+    return split.transpose([axis for i in range(rank) for axis in (i, rank + i)]).reshape(shape)
 
 
 def _log2(power: int) -> int:

@@ -51,7 +51,7 @@ class QTensor:
       dtype: static; the float dtype the array had, and has again when decoded.
       bits: static; the width of a code (3-bit codes live in a 4-bit container).
       levels: static; the codebook, or None.
-      transform: what is done to the input first (`inputs.Rescale`, `inputs.Rotation`), in this order.
+      transform: what is done to the input first (`inputs.Rescale`, `Rotation`, `Permutation`), in this order.
       kept: a few inputs whose weights stay in float, after the transform; or None.
       input_bound: the size at which its inputs saturate when they are quantized, after the transform; full along the
         stack, 1 along inputs and outputs. None: each token has a range of its own, found when it comes.
@@ -101,7 +101,7 @@ class QTensor:
         dtype = None if jnp.issubdtype(self.codes.dtype, jnp.integer) else self.codes.dtype
         words = [code_name(self.bits, dtype, self.levels), _granularity(self)]
         words += ["affine"] if self.zero is not None else []
-        words += [{inputs.Rescale: "rescaled", inputs.Rotation: "rotated"}[type(step)] for step in self.transform]
+        words += [step.word for step in self.transform]
         return " ".join(words + (["outliers"] if self.kept is not None else []))
 
     @property
