@@ -1,0 +1,1 @@
+"""The command line: `jaxquant quantize`, `jaxquant inspect`, `jaxquant eval`."""

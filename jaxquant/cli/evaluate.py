@@ -1,0 +1,54 @@
+"""`jaxquant eval`: the perplexity of a Llama in a GGUF file, as it is and quantized anew."""
+
+import functools
+import pydoc_data.topics
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxquant import table
+from jaxquant.cli.llama import logits, read
+from jaxquant.cli.tokenizer import tokenizer_of
+from jaxquant.errors import OptionError
+from jaxquant.evaluate import divergence
+from jaxquant.files import load_gguf
+from jaxquant.format import Format
+from jaxquant.params import quantize_params
+from jaxquant.qtensor import dequantize
+from jaxquant.transforms.quantized import quantized
+
+_WINDOW = 512  # tokens
+
+
+def evaluate(path: Path, text: Path | None, windows: int, format: Format) -> None:
+    """Prints the perplexity of the model, and that of its weights in `format`, on the same tokens.
+
+    Raises:
+      FileError: the file holds no such model, or is damaged.
+      OptionError: the text is too short.
+      OSError: a file cannot be read.
+    """
+    file = load_gguf(path)
+    shape, weights = read(file)
+    words = text.read_text() if text else "\n".join(pydoc_data.topics.topics.values())
+    batches = _windows(tokenizer_of(file.metadata).encode(words).ids, windows)
+    floats = dequantize(weights)
+    codes = quantize_params(floats, format, where=lambda _, w: w.ndim == 2)
+    forward = jax.jit(functools.partial(logits, shape))
+    rounded = jax.jit(quantized(functools.partial(logits, shape)))
+    measured = divergence(
+        functools.partial(forward, floats), functools.partial(rounded, codes), [window[None] for window in batches]
+    )
+    rows = [
+        ("as it is", f"{measured.reference_perplexity:.3f}", ""),
+        (str(format), f"{measured.perplexity:.3f}", f"{measured.kl:.4f}"),
+    ]
+    print("\n".join(table.lines(("weights", "perplexity", "KL"), rows)))
+    print(f"on {windows} x {_WINDOW} tokens; int8 activations for {format}")
+
+
+def _windows(tokens: list[int], windows: int) -> np.ndarray:
+    if windows < 1 or len(tokens) < windows * _WINDOW:
+        raise OptionError(f"--windows {windows}: the text has {len(tokens) // _WINDOW} windows of {_WINDOW} tokens.")
+    return np.asarray(tokens[: windows * _WINDOW], np.int32).reshape(windows, _WINDOW)
