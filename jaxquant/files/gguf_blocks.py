@@ -1,0 +1,181 @@
+"""The blocks of ggml types as `QTensor`s, and back: one row of a table for each type.
+
+    w = (q - middle) * scale        Q4_0  Q5_0  Q8_0  Q3_K  Q6_K        symmetric
+    w = q * scale + low             Q4_1  Q5_1  Q2_K  Q4_K  Q5_K        affine:  codes = q - middle
+                                                                                 zero = -(middle + low / scale)
+
+A symmetric block is exactly the law of a `QTensor`. So is an affine one, but for its zero point, which is a float32 and
+no integer: what it decodes to is within `2^-24 (|zero * scale| + 2 |w|)` of w. A group whose scale is 0 has w = low: it
+becomes codes one step above their zero point, and a scale that is `low`.
+
+A super-block of 256 has one scale for its 8 or 16 groups, each with a factor of few bits; their product is exact in
+float32. Source: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h and ggml-quants.c
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Shaped, UInt8
+
+from jaxquant.errors import FileError
+from jaxquant.qtensor import QTensor
+
+Bytes = UInt8[np.ndarray, "blocks bytes"]
+Scales = Float32[np.ndarray, "blocks groups"]
+Numbers = Shaped[np.ndarray, "blocks numbers"]
+Parts = tuple[Numbers, Scales, Scales | None]
+
+
+def _planes(part: Bytes, bits: int, span: int) -> UInt8[np.ndarray, "blocks numbers"]:
+    """Fields of `bits` bits: each span of bytes holds the lowest bits of its first numbers, then those above."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    spans = part.reshape(len(part), -1, 1, span)
+    return (spans >> shifts & np.uint8(2**bits - 1)).reshape(len(part), -1)
+
+
+def _half(part: Bytes) -> Scales:
+    return part.view("<f2").astype(np.float32)
+
+
+def _cut(blocks: Bytes, *widths: int) -> list[Bytes]:
+    return np.split(blocks, np.cumsum(widths), axis=1)
+
+
+def _q8_0(blocks: Bytes) -> Parts:
+    d, qs = _cut(blocks, 2)
+    return qs.view(np.int8), _half(d), None
+
+
+def _q4_0(blocks: Bytes) -> Parts:
+    d, qs = _cut(blocks, 2)
+    return _planes(qs, 4, 16), _half(d), None
+
+
+def _q4_1(blocks: Bytes) -> Parts:
+    d, m, qs = _cut(blocks, 2, 2)
+    return _planes(qs, 4, 16), _half(d), _half(m)
+
+
+def _q5_0(blocks: Bytes) -> Parts:
+    d, qh, qs = _cut(blocks, 2, 4)
+    return _fives(qs, qh), _half(d), None
+
+
+def _q5_1(blocks: Bytes) -> Parts:
+    d, m, qh, qs = _cut(blocks, 2, 2, 4)
+    return _fives(qs, qh), _half(d), _half(m)
+
+
+def _fives(low: Bytes, high: Bytes) -> Numbers:
+    return _planes(low, 4, 16) | np.unpackbits(high, axis=1, bitorder="little") << 4
+
+
+def _q2_k(blocks: Bytes) -> Parts:
+    factors, qs, d, dmin = _cut(blocks, 16, 64, 2)
+    return _planes(qs, 2, 32), _half(d) * np.float32(factors & 15), -_half(dmin) * np.float32(factors >> 4)
+
+
+def _q3_k(blocks: Bytes) -> Parts:
+    high, low, factors, d = _cut(blocks, 32, 64, 12)
+    fine, coarse = factors[:, :8], factors[:, 8:]
+    scale = _planes(fine, 4, 8) | _planes(coarse, 2, 4) << 4
+    return _planes(low, 2, 32) | _planes(high, 1, 32) << 2, _half(d) * (np.float32(scale) - 32), None
+
+
+def _q4_k(blocks: Bytes) -> Parts:
+    d, dmin, factors, qs = _cut(blocks, 2, 2, 12)
+    return _planes(qs, 4, 32), *_sixes(d, dmin, factors)
+
+
+def _q5_k(blocks: Bytes) -> Parts:
+    d, dmin, factors, qh, qs = _cut(blocks, 2, 2, 12, 32)
+    return _planes(qs, 4, 32) | _planes(qh, 1, 32) << 4, *_sixes(d, dmin, factors)
+
+
+def _sixes(d: Bytes, dmin: Bytes, factors: Bytes) -> tuple[Scales, Scales]:
+    """Scales and lows of 8 groups, from 6-bit factors: four whole ones each, and four of them in pieces."""
+    up, down, mixed = _cut(factors, 4, 4)
+    scales = np.concatenate([up & 63, mixed & 15 | up >> 2 & 48], axis=1)
+    lows = np.concatenate([down & 63, mixed >> 4 | down >> 2 & 48], axis=1)
+    return _half(d) * np.float32(scales), -_half(dmin) * np.float32(lows)
+
+
+def _q6_k(blocks: Bytes) -> Parts:
+    low, high, factors, d = _cut(blocks, 128, 64, 16)
+    return _planes(low, 4, 64) | _planes(high, 2, 32) << 4, _half(d) * np.float32(factors.view(np.int8)), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a ggml type becomes codes.
+
+    Args:
+      bits: the width that a `QTensor` gives its codes; those of five and six bits live in 8.
+      middle: what is subtracted from its numbers.
+      parts: its numbers, and the scale and the low of each group, or None for a symmetric type.
+    """
+
+    bits: int
+    middle: int
+    parts: Callable[[Bytes], Parts]
+
+
+BLOCKS = {
+    "Q8_0": Blocks(8, 0, _q8_0),
+    "Q4_0": Blocks(4, 8, _q4_0),
+    "Q4_1": Blocks(4, 8, _q4_1),
+    "Q5_0": Blocks(8, 16, _q5_0),
+    "Q5_1": Blocks(8, 16, _q5_1),
+    "Q2_K": Blocks(2, 2, _q2_k),
+    "Q3_K": Blocks(3, 4, _q3_k),
+    "Q4_K": Blocks(4, 8, _q4_k),
+    "Q5_K": Blocks(8, 16, _q5_k),
+    "Q6_K": Blocks(8, 32, _q6_k),
+}
+_CONTAINERS = {8: jnp.int8, 4: jnp.int4, 3: jnp.int4, 2: jnp.int2}
+
+
+def unpacked(kind: str, blocks: Bytes, shape: tuple[int, ...], name: str) -> QTensor:
+    """The codes and scales of an array from the blocks of its ggml type.
+
+    Args:
+      kind: one of `BLOCKS`.
+      blocks: its blocks, one after the other.
+      shape: of the array.
+      name: what an error calls it.
+
+    Raises:
+      FileError: a scale is NaN or infinite.
+    """
+    row = BLOCKS[kind]
+    with np.errstate(invalid="ignore"):  # inf * 0, which is found below
+        numbers, scale, low = row.parts(blocks)
+    for part in (scale,) if low is None else (scale, low):
+        check_finite(part, kind, name)
+    codes, zero = numbers.view(np.int8) - np.int8(row.middle), None
+    if low is not None:
+        flat = scale == 0
+        codes = np.where(np.repeat(flat, codes.shape[1] // flat.shape[1], axis=1), np.int8(-row.middle), codes)
+        scale = np.where(flat, low, scale)
+        ratio = np.divide(low.astype(np.float64), scale, where=scale != 0, out=np.ones(scale.shape))
+        zero = _laid((-row.middle - ratio).astype(np.float32), shape)
+    codes = jnp.asarray(codes.reshape(shape)).astype(_CONTAINERS[row.bits])
+    return QTensor(codes, _laid(scale, shape), zero, jnp.dtype(jnp.float32), row.bits)
+
+
+def _laid(groups: Scales, shape: tuple[int, ...]) -> Float32[Array, "..."]:
+    return jnp.asarray(groups.reshape(*shape[:-1], -1))
+
+
+def check_finite(values: Shaped[np.ndarray, "blocks numbers"], kind: str, name: str) -> None:
+    """Raises if a block says a NaN or an infinity.
+
+    Raises:
+      FileError: naming the block.
+    """
+    bad = ~np.isfinite(values)
+    if bad.any():
+        block, number = (int(i) for i in np.argwhere(bad)[0])
+        raise FileError(f"{name}, {kind}: block {block} has {values[block, number]}. Convert the model anew.")

@@ -1,0 +1,137 @@
+"""Files near valid ones, many of them: each is read, or refused by an error of ours; nothing grows beyond the file.
+
+`python tests/test_fuzz.py 1000000` goes on for longer, from another seed.
+"""
+
+import json
+import math
+import random
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mutations import mutations
+
+import jaxquant as jq
+from jaxquant.errors import FileError
+from jaxquant.files.container import open_container, write_container
+from jaxquant.files.load import seal, unsealed
+
+GOLDEN = Path(__file__).parent / "golden"
+LAYOUTS = ("gptq_v1_affine_act_order", "awq", "bnb_nf4_double", "ct_w4a16_affine", "ct_w8a8")
+
+
+def container(texts: dict[str, str], tensors: dict[str, np.ndarray]) -> bytes:
+    """A valid safetensors file."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_container(Path(folder) / "a", tensors, texts)
+        return (Path(folder) / "a").read_bytes()
+
+
+def ours() -> bytes:
+    """A checkpoint of `save`'s."""
+    tree = {"w": jq.quantize(jnp.ones((8, 4)), jq.int3(group=4, symmetric=False)), "b": [jnp.ones(3), None, 1.5]}
+    with tempfile.TemporaryDirectory() as folder:
+        jq.save(Path(folder) / "a", tree)
+        return (Path(folder) / "a").read_bytes()
+
+
+def resealed(data: bytes, seed: int, count: int) -> Iterator[bytes]:
+    """Checkpoints whose description is damaged, and its checksum made to fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a").write_bytes(data)
+        text = unsealed(open_container(Path(folder) / "a"), "jaxquant")
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for mutant in mutations(seed, text.encode(), count):
+        header["__metadata__"]["jaxquant"] = seal(mutant.decode("latin-1"))
+        packed = json.dumps(header).encode()
+        yield struct.pack("<Q", len(packed)) + packed + data[8 + length :]
+
+
+def arrays(tree) -> int:
+    """The bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+
+
+def refused(path: Path, mutants: Iterator[bytes], read: Callable[[], object]) -> tuple[int, int]:
+    """How many of the mutants were refused, and how many read."""
+    counts = [0, 0]
+    others = sum(file.stat().st_size for file in path.parent.iterdir() if file != path)
+    with path.open("wb", buffering=0) as file:
+        for mutant in mutants:
+            file.seek(0)
+            file.write(mutant)
+            file.truncate()
+            try:
+                tree = read()
+            except FileError:
+                counts[0] += 1
+            else:
+                counts[1] += 1
+                assert arrays(tree) <= 8 * (others + len(mutant))  # a byte holds eight codes of one bit
+    return counts[0], counts[1]
+
+
+def fuzz_containers(folder: Path, seed: int, count: int) -> tuple[int, int]:
+    """Safetensors files of any kind."""
+    path = folder / "a.safetensors"
+    data = container({"format": "pt"}, {"a": np.ones((2, 3), np.float32), "b": np.arange(4).astype(jnp.bfloat16)})
+
+    def read():
+        found = open_container(path)
+        return [np.array(found.read(name)) for name in found.names]
+
+    return refused(path, mutations(seed, data, count), read)
+
+
+def fuzz_checkpoints(folder: Path, seed: int, count: int) -> tuple[int, int]:
+    """Files of `save`'s, their descriptions with and without a checksum that fits."""
+    path, data = folder / "q.safetensors", ours()
+    first = refused(path, mutations(seed, data, count // 3), lambda: jq.load(path))
+    second = refused(path, resealed(data, seed, count - count // 3), lambda: jq.load(path))
+    return first[0] + second[0], first[1] + second[1]
+
+
+def fuzz_layout(layout: str, folder: Path, seed: int, count: int) -> tuple[int, int]:
+    """Checkpoints of others: the tensors, and the config beside them."""
+    whole = open_container(GOLDEN / f"{layout}.safetensors")
+    config = whole.metadata["config"].encode()
+    data = container({}, {name: np.array(whole.read(name))[..., :64] for name in whole.names if name != "expected"})
+    path, beside = folder / "model.safetensors", folder / "config.json"
+
+    def read():
+        return jq.load_safetensors(folder)
+
+    beside.write_bytes(config)
+    first = refused(path, mutations(seed, data, count // 2), read)
+    path.write_bytes(data)
+    second = refused(beside, mutations(seed, config, count - count // 2), read)
+    return first[0] + second[0], first[1] + second[1]
+
+
+@pytest.mark.parametrize("fuzz", (fuzz_containers, fuzz_checkpoints))
+def test_files_of_ours(tmp_path, fuzz):
+    found = fuzz(tmp_path, 0, 6000)
+    assert sum(found) == 6000 and min(found) > 100
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_of_others(tmp_path, layout):
+    found = fuzz_layout(layout, tmp_path, 0, 600)
+    assert sum(found) == 600 and min(found) > 30
+
+
+if __name__ == "__main__":
+    seed, count = random.SystemRandom().getrandbits(32), math.ceil(int(sys.argv[1]) / 3)
+    with tempfile.TemporaryDirectory() as name:
+        for fuzz in (fuzz_containers, fuzz_checkpoints):
+            print(seed, fuzz.__name__, *fuzz(Path(name), seed, count))
+        for layout in LAYOUTS:
+            print(seed, layout, *fuzz_layout(layout, Path(name), seed, math.ceil(count / len(LAYOUTS))))
