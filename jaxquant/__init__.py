@@ -48,6 +48,7 @@ from jaxquant.quantizers import smoothquant as smoothquant
 from jaxquant.quantizers import stochastic as stochastic
 from jaxquant.report import Report as Report
 from jaxquant.report import report as report
+from jaxquant.sharding import shardings_like as shardings_like
 from jaxquant.static import largest as largest
 from jaxquant.static import least_error as least_error
 from jaxquant.static import percentile as percentile

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from jaxquant.errors import NonFiniteError, NotQuantizableError, ShapeError
+from jaxquant.finite import first_nonfinite, is_finite
 from jaxquant.format import Format, int8
 from jaxquant.qtensor import QTensor, decode, look_up
 from jaxquant.trace.views import expand
@@ -75,12 +74,6 @@ def _fake_quantize(w: Array, clip: Array, format: Format, axes: tuple[int, ...])
     return decode(with_master(write(w, *grid, format), w, *grid, format))
 
 
-def first_nonfinite(w: Array, name: str) -> str:
-    """Says where an array has its first NaN or infinity, and what to do about it."""
-    index = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(w, np.float32)))[0])
-    return f"{name}{list(index)} is {w[index]}: mend the weights, or leave this array out (`where=`)."
-
-
 def _checked(w: ArrayLike | QTensor, format: Format, axis: Axes) -> tuple[Array, tuple[int, ...]]:
     """A float array that can be quantized, and the axes that share a scale."""
     if isinstance(w, QTensor):
@@ -95,17 +88,6 @@ def _checked(w: ArrayLike | QTensor, format: Format, axis: Axes) -> tuple[Array,
     if not is_finite(array):
         raise NonFiniteError(first_nonfinite(array, "w"))
     return array, axes
-
-
-def is_finite(w: ArrayLike) -> bool:
-    """Whether an array is finite; one that is being traced counts as such."""
-    if isinstance(w, Tracer):
-        return True
-    with jax.ensure_compile_time_eval():  # a constant of a function that is being traced is known
-        return bool(_all_finite(w))
-
-
-_all_finite = jax.jit(lambda w: jnp.all(jnp.isfinite(w)))
 
 
 def _contracted(shape: tuple[int, ...], format: Format, axis: Axes) -> tuple[int, ...]:

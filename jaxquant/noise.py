@@ -10,5 +10,5 @@ def round_at_random(ratio: Float[Array, "..."], key: Key[Array, ""]) -> Float[Ar
 
     The key is folded with the first number, so that arrays that share a key have noise of their own.
     """
-    first = jax.lax.bitcast_convert_type(ratio.reshape(-1)[:1].sum(), jnp.uint32)
+    first = jax.lax.bitcast_convert_type(ratio[(slice(1),) * ratio.ndim].sum(), jnp.uint32)
     return jnp.floor(ratio + jax.random.uniform(jax.random.fold_in(key, first), ratio.shape))

@@ -17,13 +17,15 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxquant.adapter import is_adapted
-from jaxquant.encode import first_nonfinite, is_finite, quantize
+from jaxquant.encode import quantize
 from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, OptionError, ShapeError, StatsError
+from jaxquant.finite import first_nonfinite, is_finite
 from jaxquant.format import Format, int8
 from jaxquant.learned import is_learned, plain, rewritten
 from jaxquant.matrices import Matrices, write
 from jaxquant.qtensor import QTensor, is_qtensor
 from jaxquant.quantizers import Quantizer, as_quantizer
+from jaxquant.sharding import on_shards
 from jaxquant.stats import Stats
 from jaxquant.trace import path_name
 
@@ -61,7 +63,8 @@ def quantize_params(
         conv kernel                [*spatial, in, out]           attention's out     [*stack, heads, head, out]
         weight (Equinox, torch)    [*stack, out, in, *spatial]   embedding           [*stack, rows, features]
 
-    shares a scale along its inputs. One array on two paths becomes one `QTensor` on both.
+    shares a scale along its inputs. One array on two paths becomes one `QTensor` on both. An array that is split over
+    devices is written where it lies, and its codes and scales lie as `shardings_like` says.
 
     Args:
       params: Linen variables, an `nnx.State`, an Equinox module, Haiku parameters, or any tree.
@@ -77,7 +80,7 @@ def quantize_params(
 
     Raises:
       NoMatchError: no array was chosen.
-      NonFiniteError, ShapeError: as `quantize`, naming the path.
+      NonFiniteError, ShapeError: as `quantize`, naming the path; or a group is cut by the shards of its array.
       NotQuantizableError: a chosen leaf is a `QTensor` already.
       StatsError: the quantizer needs statistics that a chosen leaf does not have, or they do not fit it.
     """
@@ -162,16 +165,17 @@ def _encoder(
         raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
     chosen = as_quantizer(quantizer)
     if leaf.size == 0 or (isinstance(quantizer, Format) and stats is None):
-        encode = functools.partial(_encode, format=chosen.format, where=layout(path, leaf.ndim, paths))
+        where = layout(path, leaf.ndim, paths)
+        encode = lambda array, stats: _encode(array, chosen.format, where)  # noqa: E731
     else:
-        encode = functools.partial(write, stats=stats, quantizer=chosen, axes=axes_of(path, leaf, paths, stats))
+        encode = functools.partial(write, quantizer=chosen, axes=axes_of(path, leaf, paths, stats))
     try:
-        jax.eval_shape(encode, leaf)
+        where_it_lies = on_shards(encode, leaf, stats)
     except (ShapeError, StatsError, OptionError) as error:
         raise type(error)(f"{path}: {error}") from None
     if not is_finite(leaf):
         raise NonFiniteError(first_nonfinite(jnp.asarray(leaf), path))
-    return encode
+    return where_it_lies
 
 
 def axes_of(path: str, leaf: Any, paths: Collection[str], stats: Stats | None) -> Matrices:

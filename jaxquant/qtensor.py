@@ -65,8 +65,8 @@ class QTensor:
     dtype: Any
     bits: int
     levels: tuple[float, ...] | None = None
-    transform: tuple[inputs.Transform, ...] = ()
-    kept: Kept | None = None
+    transform: Any = ()
+    kept: Any = None
     input_bound: Any = None
     master: Any = None
 

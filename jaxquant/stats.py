@@ -83,7 +83,8 @@ def observe(x: Float[Array, "*stack tokens in"], gram: bool = True) -> Stats:
     return Stats(
         count=jnp.full(x.shape[:-2], x.shape[-2], jnp.float32),
         absmax=jnp.max(size, axis=-2, initial=0.0),
-        abssum=jnp.sum(size, axis=-2),
+        # A product with ones: the order in which XLA adds up the rows of an array depends on the number of threads.
+        abssum=jnp.einsum("...ti,t->...i", size, jnp.ones(x.shape[-2]), precision="highest"),
         above=jnp.moveaxis(above, 0, -1),
         gram=jnp.einsum("...ti,...tj->...ij", x, x, precision="highest") if gram else None,
     )

@@ -32,6 +32,8 @@ LAYERS = {
     "cache": 5,
     "learned": 6,
     "matrices": 6,
+    "finite": 1,
+    "sharding": 6,
     "params": 7,
     "lora": 8,
     "static": 7,

@@ -1,8 +1,8 @@
 """A sharded tree of QTensors computes what it computes on one device, and no device gathers a weight.
 
-Eight fake CPU devices, a mesh of data by model, tensor parallelism as one writes it for floats: `NamedSharding`s on
-the codes, and the same on a scale along the axes where it is more than one. In a process of its own, because the number
-of devices is fixed when JAX starts.
+Eight fake CPU devices, a mesh of data by model, tensor parallelism as one writes it for floats: `NamedSharding`s of the
+weights, from which `shardings_like` derives those of their codes and scales. In a process of its own, because the
+number of devices is fixed when JAX starts.
 """
 
 import json
@@ -20,27 +20,35 @@ import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jaxquant as jq
+from jaxquant.errors import ShapeError
+from jaxquant.sharding import shardings_like
 from models import MODELS
 
 facts = {"devices": jax.device_count()}
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
-def put(leaf, spec):
-    # A part that is one along an axis is whole on every device there.
-    def part(array):
-        axes = [axis if n > 1 else None for axis, n in zip(spec, array.shape)]
-        return jax.device_put(array, NamedSharding(mesh, P(*axes)))
-    return jax.tree.map(part, leaf)
+def on(*spec, mesh=mesh):
+    return NamedSharding(mesh, P(*spec))
 
-def shard(path, leaf):
+def put(leaf, spec):
+    return jax.device_put(leaf, shardings_like(leaf, on(*spec)))
+
+def place(path, leaf):
     name = jax.tree_util.keystr(path)
-    if not isinstance(leaf, jq.QTensor):
-        return jax.device_put(leaf, NamedSharding(mesh, P()))
+    if leaf.ndim < 2:
+        return on()
     if "embedding" in name:
-        return put(leaf, ("model", None))
+        return on("model", None)
     if leaf.ndim == 3:
-        return put(leaf, ("model", None, None) if "'out'" in name else (None, "model", None))
-    return put(leaf, (None, "model") if leaf.shape[1] > leaf.shape[0] else ("model", None))
+        return on("model", None, None) if "'out'" in name else on(None, "model", None)
+    return on(None, "model") if leaf.shape[1] > leaf.shape[0] else on("model", None)
+
+def same(a, b):
+    return all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+def lies_like(q, shardings):
+    pairs = zip(jax.tree.leaves(q), jax.tree.leaves(shardings_like(q, shardings)), strict=True)
+    return all(array.sharding.is_equivalent_to(sharding, array.ndim) for array, sharding in pairs)
 
 def relative(a, b):
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
@@ -51,10 +59,11 @@ def is_q(leaf):
 for name in ("linen_mlp", "linen_transformer"):
     model = MODELS[name]()
     args = [jnp.tile(a, (4,) + (1,) * (a.ndim - 1)) for a in model.args]
+    shardings = jax.tree_util.tree_map_with_path(place, model.params)
     q = jq.quantize_params(model.params)
-    expected = jax.jit(jq.quantized(model.fn))(q, *args)
-    sharded = jax.tree_util.tree_map_with_path(shard, q, is_leaf=is_q)
-    spread = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in args]
+    sharded = jq.quantize_params(jax.device_put(model.params, shardings))
+    facts[f"{name}-bytes"] = same(sharded, q) and lies_like(sharded, shardings)
+    spread = [jax.device_put(a, on("data")) for a in args]
     for activations, key in ((jq.int8, "int8"), (None, "float")):
         run = jax.jit(jq.quantized(model.fn, activations=activations))
         facts[f"{name}-{key}"] = relative(run(sharded, *spread), run(q, *args))
@@ -70,22 +79,53 @@ x = jnp.asarray(rng.standard_normal((8, 64)), jnp.float32)
 params = {"up": rng.standard_normal((64, 256)), "down": rng.standard_normal((256, 64))}
 params = jax.tree.map(lambda w: w.astype(np.float32), params)
 
+def collectives(text, names="all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"):
+    # What devices send each other: the dtype and the number of elements of every result.
+    found = re.findall(rf"= ([^=]*?) (?:{names})(?:-start)?\(", text)
+    parts = [part for result in found for part in re.findall(r"(\w+)\[([\d,]*)\]", result)]
+    return [(dtype, int(np.prod([int(n) for n in shape.split(",") if n]))) for dtype, shape in parts]
+
 def gathered(text):
-    found = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
-    return max([int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found], default=0)
+    return max([n for _, n in collectives(text, "all-gather")], default=0)
 
 # What the search finds where a weight is gathered.
-whole = jax.jit(lambda w: w + 1, out_shardings=NamedSharding(mesh, P()))
+whole = jax.jit(lambda w: w + 1, out_shardings=on())
 facts["gathered-on-purpose"] = gathered(whole.lower(put(params["up"], (None, "model"))).compile().as_text())
-for key, format in (("channel", jq.int8), ("group", jq.int8(group=16)), ("affine", jq.int8(symmetric=False))):
+FORMATS = {
+    "channel": jq.int8,
+    "group": jq.int4(group=16),
+    "affine": jq.int8(symmetric=False),
+    "fp8": jq.fp8,
+    "nf4": jq.nf4(group=16),
+}
+for key, format in FORMATS.items():
     q = jq.quantize_params(params, format)
-    sharded = {"up": put(q["up"], (None, "model")), "down": put(q["down"], ("model", None))}
-    run = jax.jit(jq.quantized(mlp))
-    spread = jax.device_put(x, NamedSharding(mesh, P("data")))
-    text = run.lower(sharded, spread).compile().as_text()
+    shapes = jax.eval_shape(lambda params: jq.quantize_params(params, format), params)
+    shardings = shardings_like(shapes, {"up": on(None, "model"), "down": on("model", None)})
+    run = jax.jit(jq.quantized(mlp), in_shardings=(shardings, on("data")))
+    text = run.lower(q, x).compile().as_text()
     facts[f"gathered-{key}"] = gathered(text)
-    facts[f"reduces-{key}"] = re.findall(r"(s32|f32)\[[\d,]*\][^=]*? all-reduce(?:-start)?\(", text)
-    facts[f"mlp-{key}"] = relative(run(sharded, spread), run(q, x))
+    facts[f"sent-{key}"] = collectives(text)
+    facts[f"mlp-{key}"] = relative(run(q, x), jax.jit(jq.quantized(mlp))(q, x))
+
+# Writing a weight that is split along both axes in codes, on both kinds of mesh.
+for kind in (AxisType.Auto, AxisType.Explicit):
+    grid = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    shardings = {"up": on("data", "model", mesh=grid)}
+    tile = jax.device_put({"up": params["up"]}, shardings)
+    for key, format in FORMATS.items():
+        q = jq.quantize_params(tile, format)
+        facts[f"{kind.name}-{key}-bytes"] = same(q, jq.quantize_params({"up": params["up"]}, format))
+        text = jax.jit(lambda w: jq.quantize(w, format)).lower(tile["up"]).compile().as_text()
+        facts[f"{kind.name}-{key}-sent"] = max([n for _, n in collectives(text)], default=0)
+        facts[f"{kind.name}-{key}-lies"] = lies_like(q, shardings)
+    searched, expected = (jq.quantize_params(tree, jq.hqq(jq.int4(group=16))) for tree in (tile, {"up": params["up"]}))
+    facts[f"{kind.name}-searched-lies"] = lies_like(searched, shardings)
+    facts[f"{kind.name}-searched"] = relative(jq.dequantize(searched)["up"], jq.dequantize(expected)["up"])
+    try:
+        jq.quantize_params(tile, jq.int4(group=32))
+    except ShapeError as error:
+        facts[f"{kind.name}-cut"] = str(error)
 
 # Column parallel on a mesh with explicit axes, which is what `jax.make_mesh` gives by default.
 explicit = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -102,15 +142,14 @@ layers = {"w": np.random.default_rng(2).integers(-1, 2, (3, 16, 16)).astype(np.f
 def deep(params, x):
     return jax.lax.scan(lambda x, w: (jnp.clip(x @ w, -3, 3), None), x, params["w"])[0]
 
-rows = NamedSharding(mesh, P("data"))
+rows = on("data")
 alone = jq.calibrate(deep, layers, [numbers, 2 * numbers])
 spread = jq.calibrate(deep, layers, [jax.device_put(numbers, rows), jax.device_put(2 * numbers, rows)])
-columns = {"w": jax.device_put(layers["w"], NamedSharding(mesh, P(None, None, "model")))}
+columns = {"w": jax.device_put(layers["w"], on(None, None, "model"))}
 both = jq.calibrate(deep, columns, [jax.device_put(numbers, rows), 2 * numbers])
 facts["counts"] = np.asarray(alone["w"].count).tolist()
 for key, stats in (("data", spread), ("data-and-model", both)):
-    pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(stats), strict=True)
-    facts[f"stats-{key}"] = all(np.array_equal(*pair) for pair in pairs)
+    facts[f"stats-{key}"] = same(alone, stats)
 
 # A step of training on a mesh: the gradients and the update of one device, parameters and states split.
 def train(params, state, x, key):
@@ -124,7 +163,7 @@ split = {"up": put(params["up"], (None, "model")), "down": put(params["down"], (
 for key, noise in (("float", None), ("int8", jax.random.key(0))):
     whole, spread = (
         jax.jit(train)(tree, jax.jit(optimizer.init)(tree), rows, noise)
-        for tree, rows in ((params, x), (split, jax.device_put(x, NamedSharding(mesh, P("data")))))
+        for tree, rows in ((params, x), (split, jax.device_put(x, on("data"))))
     )
     facts[f"qat-{key}"] = max(relative(a, b) for a, b in zip(jax.tree.leaves(spread[:3]), jax.tree.leaves(whole[:3])))
     facts[f"qat-{key}-split"] = not spread[2]["up"].sharding.is_fully_replicated
@@ -133,6 +172,8 @@ print(json.dumps(facts))
 """
 
 WEIGHT = 64 * 256
+TOKENS, OUTPUTS = 8 // 4, 64  # of a device
+FORMATS = ["channel", "group", "affine", "fp8", "nf4"]
 
 
 @pytest.fixture(scope="module")
@@ -155,21 +196,49 @@ def facts():
 @pytest.mark.parametrize("name", ["linen_mlp", "linen_transformer"])
 def test_tensor_parallel_models_compute_what_one_device_does(name, facts):
     """Law: integer sums are exact in any order, so only the float steps around them differ, in their last bits."""
-    assert facts[f"{name}-split"]
+    assert facts[f"{name}-split"] and facts[f"{name}-bytes"]
     assert facts[f"{name}-int8"] < 1e-5
     assert facts[f"{name}-float"] < 1e-5
 
 
-@pytest.mark.parametrize("format", ["channel", "group", "affine"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_no_device_gathers_a_weight(format, facts):
     """Law: column and row parallel layers communicate activations, never an array as large as a shard of a weight."""
     assert facts[f"mlp-{format}"] < 1e-5
     assert facts[f"gathered-{format}"] < WEIGHT // 2 < facts["gathered-on-purpose"]
 
 
-def test_a_row_parallel_layer_reduces_integers(facts):
-    """Law: the partial sums of a row-parallel layer are added as int32, so their order does not matter."""
-    assert "s32" in facts["reduces-channel"]
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_a_row_parallel_layer_adds_up(format, facts):
+    """Law: one number for each output that a device has, and nothing larger.
+
+    A scale per channel is the same for all partial sums: they are added as int32, where no order matters, and scaled
+    once. A scale per group is not: partial sums are scaled before they are added.
+    """
+    sent = [(dtype, n) for dtype, n in facts[f"sent-{format}"] if n > TOKENS]
+    assert sent == [("s32" if format in ("channel", "affine") else "f32", TOKENS * OUTPUTS)]
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_sharded_weights_are_written_where_they_lie(format, kind, facts):
+    """Law: the bytes of one device, lying as `shardings_like` says; what is sent is one maximum for each output."""
+    assert facts[f"{kind}-{format}-bytes"] and facts[f"{kind}-{format}-lies"]
+    assert facts[f"{kind}-{format}-sent"] <= (0 if format in ("group", "nf4") else 256 // 2)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_search_over_sharded_weights(kind, facts):
+    """Law: an algorithm sees the whole weight, on a mesh of either kind."""
+    assert facts[f"{kind}-searched-lies"] and facts[f"{kind}-searched"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_groups_that_shards_would_cut(kind, facts):
+    """Law: an error that names the parameter and the groups that fit, instead of gathering it."""
+    message = facts[f"{kind}-cut"]
+    assert message.startswith("up: groups of 32 are cut by shards of 16 (axis 0 of (64, 256) over 'data')")
+    assert "[8]" in message
 
 
 def test_a_column_parallel_layer_on_a_mesh_of_explicit_axes(facts):

@@ -6,7 +6,7 @@ by a loop over stacked parameters, and merged over the turns of any other.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxquant.trace.walker import Walker
 
 def scan(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
     """`lax.scan`: constants and stacked parameters stay parameters in the body, and so do carries that never change."""
-    jaxpr, n_consts, n_carry = eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
+    jaxpr, (n_consts, n_carry) = eqn.params["jaxpr"], _counts(eqn.params)
     consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
     invars, outvars = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
     held = _held(carry, invars[n_consts : n_consts + n_carry], outvars[:n_carry])
@@ -40,6 +40,14 @@ def scan(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records
     unchanged = dict(zip(invars[n_consts + n_carry :], xs, strict=True))
     ys = [unchanged.get(v, y) if _is_var(v) else y for v, y in zip(outvars[n_carry:], stacked, strict=True)]
     return [*_merge(held, last), *ys], {key: record.leave(id(eqn)) for key, record in records.items()}
+
+
+def _counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants and carries a `scan` has; newer JAX describes all its inputs by one tree."""
+    if "ft_in" not in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def _stack(param: Param, loop: int) -> Param:
