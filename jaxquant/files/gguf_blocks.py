@@ -22,13 +22,13 @@ from jaxtyping import Array, Float32, Shaped, UInt8
 from jaxquant.errors import FileError
 from jaxquant.qtensor import QTensor
 
-Bytes = UInt8[np.ndarray, "blocks bytes"]
+Bytes = UInt8[np.ndarray, "blocks _"]
 Scales = Float32[np.ndarray, "blocks groups"]
-Numbers = Shaped[np.ndarray, "blocks numbers"]
+Numbers = Shaped[np.ndarray, "blocks _"]
 Parts = tuple[Numbers, Scales, Scales | None]
 
 
-def _planes(part: Bytes, bits: int, span: int) -> UInt8[np.ndarray, "blocks numbers"]:
+def _planes(part: Bytes, bits: int, span: int) -> UInt8[np.ndarray, "blocks _"]:
     """Fields of `bits` bits: each span of bytes holds the lowest bits of its first numbers, then those above."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     spans = part.reshape(len(part), -1, 1, span)
@@ -169,7 +169,7 @@ def _laid(groups: Scales, shape: tuple[int, ...]) -> Float32[Array, "..."]:
     return jnp.asarray(groups.reshape(*shape[:-1], -1))
 
 
-def check_finite(values: Shaped[np.ndarray, "blocks numbers"], kind: str, name: str) -> None:
+def check_finite(values: Shaped[np.ndarray, "blocks _"], kind: str, name: str) -> None:
     """Raises if a block says a NaN or an infinity.
 
     Raises:

@@ -88,6 +88,10 @@ def to_matrix(name: str, q: QTensor, kinds: Collection[str]) -> Matrix:
         back = np.argsort(rows)[labels]  # the row of codes of each input
         codes, group_of = codes[:, back], (back // (codes.shape[1] // scale.shape[1])).astype(np.int32)
     zero = None if q.zero is None else np.asarray(q.zero).astype(np.int8)
+    if zero is not None and not np.array_equal(zero, np.asarray(q.zero)):
+        raise FileError(
+            f"{name} is {q!r}, whose zero points are no integers. Write jq.dequantize(q), or quantize it anew."
+        )
     return Matrix(codes, scale, zero, q.bits, group_of)
 
 

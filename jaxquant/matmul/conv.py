@@ -32,6 +32,8 @@ class Conv:
         outputs = self._numbers().rhs_spec[0]
         if not q.is_integer:
             return WEIGHT_ONLY, "its codes are not integers"
+        if q.zero is not None and not jnp.issubdtype(q.zero.dtype, jnp.integer):
+            return FLOAT, "its zero points are no integers"
         if q.transform or q.kept is not None:
             return FLOAT, "its input would have to be transformed"
         if any(n != 1 for axis, n in enumerate(q.scale.shape) if axis != outputs):

@@ -29,6 +29,8 @@ class Ragged:
         """How this will be computed, and why not in integers."""
         if not q.is_integer:
             return WEIGHT_ONLY, "its codes are not integers"
+        if q.zero is not None and not jnp.issubdtype(q.zero.dtype, jnp.integer):
+            return FLOAT, "its zero points are no integers"
         if q.scale.shape[1] != 1 or q.scale.shape[2] not in (1, q.shape[2]) or q.scale.shape[0] not in (1, q.shape[0]):
             return FLOAT, "its scales have groups"
         if q.transform or q.kept is not None:
