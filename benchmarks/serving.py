@@ -28,7 +28,7 @@ from llama import KVCache, Llama
 from llama_gguf import chat_prompt, fetch_smollm2, load_codes, load_llama, load_tokenizer, place
 
 import jaxquant as jq
-from jaxquant.files.gguf_scales import half_scales
+from jaxquant.quantizers.half_scales import half_scales
 
 STEPS, LENGTH, STOP = 32, 256, 2  # tokens of an answer and of the cache, and the one that ends an answer
 # By name: the format of every matrix, and llama.cpp's number for a model that is mostly of that type.

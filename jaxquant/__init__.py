@@ -39,6 +39,7 @@ from jaxquant.quantizers import absmax as absmax
 from jaxquant.quantizers import at_bits as at_bits
 from jaxquant.quantizers import awq as awq
 from jaxquant.quantizers import gptq as gptq
+from jaxquant.quantizers import half_scales as half_scales
 from jaxquant.quantizers import hqq as hqq
 from jaxquant.quantizers import least_squares as least_squares
 from jaxquant.quantizers import outliers as outliers

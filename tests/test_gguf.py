@@ -17,10 +17,10 @@ from llama import Llama, first_blocks
 
 import jaxquant as jq
 from jaxquant.errors import FileError, FormatError, OptionError
-from jaxquant.files.gguf import load_gguf, save_gguf
-from jaxquant.files.gguf_blocks import BLOCKS
-from jaxquant.files.gguf_scales import half_scales
+from jaxquant.files.gguf.blocks import BLOCKS
+from jaxquant.files.gguf.file import load_gguf, save_gguf
 from jaxquant.inputs import Rescale
+from jaxquant.quantizers.half_scales import half_scales
 from jaxquant.stats import observe
 
 TYPES = gguf.GGMLQuantizationType

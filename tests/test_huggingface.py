@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 import jaxquant as jq
 from jaxquant import inputs
 from jaxquant.errors import FileError
-from jaxquant.files.compressed_tensors import save_compressed_tensors
 from jaxquant.files.container import open_container, write_container
-from jaxquant.files.gptq import save_gptq
-from jaxquant.files.huggingface import load_safetensors
-from jaxquant.files.words import from_words, plus_one, to_words
+from jaxquant.files.huggingface.compressed_tensors import save_compressed_tensors
+from jaxquant.files.huggingface.gptq import save_gptq
+from jaxquant.files.huggingface.load import load_safetensors
+from jaxquant.files.huggingface.words import from_words, plus_one, to_words
 
 HERE = pathlib.Path(__file__).parent / "golden"
 STEM = "model.layers.0.mlp.up_proj."

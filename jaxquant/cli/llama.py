@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.errors import FileError
-from jaxquant.files.gguf import Gguf
+from jaxquant.files.gguf.file import Gguf
 from jaxquant.qtensor import is_qtensor
 
 _BLOCK = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")

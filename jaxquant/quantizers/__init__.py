@@ -3,6 +3,7 @@
 from jaxquant.quantizers.at_bits import at_bits as at_bits
 from jaxquant.quantizers.awq import awq as awq
 from jaxquant.quantizers.gptq import gptq as gptq
+from jaxquant.quantizers.half_scales import half_scales as half_scales
 from jaxquant.quantizers.hqq import hqq as hqq
 from jaxquant.quantizers.outliers import outliers as outliers
 from jaxquant.quantizers.quantizer import Quantizer as Quantizer

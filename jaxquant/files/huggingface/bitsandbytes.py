@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 
-from jaxquant.files.matrix import Matrix, to_qtensor
-from jaxquant.files.parts import FLOATS, Layout, Parts, Settings
+from jaxquant.files.huggingface.matrix import Matrix, to_qtensor
+from jaxquant.files.huggingface.parts import FLOATS, Layout, Parts, Settings
 from jaxquant.format import NF4_LEVELS
 from jaxquant.qtensor import QTensor
 

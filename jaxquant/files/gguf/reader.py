@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxquant.errors import FileError
-from jaxquant.files.gguf_values import NUMBERS
+from jaxquant.files.gguf.values import NUMBERS
 
 
 @dataclasses.dataclass(frozen=True)

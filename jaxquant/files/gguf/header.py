@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxquant.errors import FileError
-from jaxquant.files.gguf_reader import Reader
-from jaxquant.files.gguf_values import ARRAY, NUMBERS, STRING, encoded, plain, text_bytes
+from jaxquant.files.gguf.reader import Reader
+from jaxquant.files.gguf.values import ARRAY, NUMBERS, STRING, encoded, plain, text_bytes
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32

@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import PyTree, Shaped
 
 from jaxquant.errors import FileError
-from jaxquant.files.folder import flattened, narrowest, write_folder
-from jaxquant.files.matrix import Matrix, to_matrix, to_qtensor
-from jaxquant.files.parts import Layout, Parts, Settings
-from jaxquant.files.words import from_words, to_words, words_for
+from jaxquant.files.huggingface.folder import flattened, narrowest, write_folder
+from jaxquant.files.huggingface.matrix import Matrix, to_matrix, to_qtensor
+from jaxquant.files.huggingface.parts import Layout, Parts, Settings
+from jaxquant.files.huggingface.words import from_words, to_words, words_for
 from jaxquant.format import Format, fp8, int8
 from jaxquant.qtensor import QTensor
 

@@ -19,9 +19,9 @@ from jaxtyping import Array, Shaped, UInt8
 
 from jaxquant.errors import FileError, FormatError
 from jaxquant.files.container import FIX, replacing
-from jaxquant.files.gguf_blocks import BLOCKS, check_finite, unpacked
-from jaxquant.files.gguf_header import LONGEST_NAME, MOST_AXES, Entry, alignment_of, header_bytes, padded, read_header
-from jaxquant.files.gguf_packed import kind_of, packed
+from jaxquant.files.gguf.blocks import BLOCKS, check_finite, unpacked
+from jaxquant.files.gguf.header import LONGEST_NAME, MOST_AXES, Entry, alignment_of, header_bytes, padded, read_header
+from jaxquant.files.gguf.packed import kind_of, packed
 from jaxquant.optional import optional
 from jaxquant.qtensor import QTensor
 
@@ -54,7 +54,7 @@ class Tensors(Mapping):  # its items are not said here, so that no type checker 
     entries: Mapping[str, Entry]
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor, in codes where its ggml type is one of `gguf_blocks.BLOCKS`.
+        """A tensor, in codes where its ggml type is one of `blocks.BLOCKS`.
 
         Raises:
           FileError: its type has no decoder, or a block is broken.

@@ -12,9 +12,9 @@ Source: https://github.com/casper-hansen/AutoAWQ, `modules/linear/gemm.py`.
 import numpy as np
 from jaxtyping import Int8, Int32
 
-from jaxquant.files.matrix import Matrix, to_qtensor
-from jaxquant.files.parts import Layout, Parts, Settings
-from jaxquant.files.words import from_words
+from jaxquant.files.huggingface.matrix import Matrix, to_qtensor
+from jaxquant.files.huggingface.parts import Layout, Parts, Settings
+from jaxquant.files.huggingface.words import from_words
 from jaxquant.qtensor import QTensor
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in its word, of each of eight outputs

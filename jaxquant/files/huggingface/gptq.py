@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import PyTree, Shaped
 
 from jaxquant.errors import FileError
-from jaxquant.files.folder import flattened, narrowest, write_folder
-from jaxquant.files.matrix import Matrix, to_matrix, to_qtensor
-from jaxquant.files.parts import Layout, Parts, Settings
-from jaxquant.files.words import from_words, plus_one, to_words, words_for
+from jaxquant.files.huggingface.folder import flattened, narrowest, write_folder
+from jaxquant.files.huggingface.matrix import Matrix, to_matrix, to_qtensor
+from jaxquant.files.huggingface.parts import Layout, Parts, Settings
+from jaxquant.files.huggingface.words import from_words, plus_one, to_words, words_for
 from jaxquant.qtensor import QTensor
 
 _V1, _V2 = "gptq", "gptq_v2"

@@ -1,0 +1,1 @@
+"""GGUF, the files of llama.cpp: `file` is the door."""
