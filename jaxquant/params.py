@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from jaxquant.adapter import is_adapted
+from jaxquant.adapter import is_leaf
 from jaxquant.encode import quantize
 from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, OptionError, ShapeError, StatsError
 from jaxquant.finite import first_nonfinite, is_finite
@@ -28,6 +28,7 @@ from jaxquant.quantizers import Quantizer, as_quantizer
 from jaxquant.sharding import on_shards
 from jaxquant.stats import Stats
 from jaxquant.trace import path_name
+from jaxquant.turned import is_turned
 
 # Names that hold no matmul's weight, whatever their rank: biases, norms (stacked ones have rank 2), statistics, tables
 # of positions that are added.
@@ -121,7 +122,7 @@ def _chosen(named: list[tuple[str, Any]], where: Callable[[str, Array], bool] | 
 
 def is_bundle(leaf: Any) -> bool:
     """Whether a leaf is several arrays that stand for one: codes, or a weight with a learned range or an adapter."""
-    return is_qtensor(leaf) or is_learned(leaf) or is_adapted(leaf)
+    return is_leaf(leaf) or is_learned(leaf)
 
 
 def _is_floating(leaf: Any) -> bool:
@@ -161,7 +162,7 @@ def _encoder(
     path: str, leaf: Any, quantizer: Format | Quantizer, paths: Collection[str], stats: Stats | None
 ) -> Callable[[Array], QTensor]:
     """How one leaf is written in codes; what is wrong with it is said before any leaf is converted or released."""
-    if is_qtensor(leaf):
+    if is_qtensor(leaf) or is_turned(leaf):
         raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
     chosen = as_quantizer(quantizer)
     if leaf.size == 0 or (isinstance(quantizer, Format) and stats is None):

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from jaxquant import inputs
 from jaxquant.errors import ClosureError, ShapeError
@@ -216,11 +216,6 @@ def _with_kept(values: Float[Array, "..."], kept: Kept | None) -> Float[Array, "
     if kept is None:
         return values
     return jnp.where(expand(kept.mask, values.shape), expand(kept.rows, values.shape), values)
-
-
-def dequantize(tree: PyTree) -> PyTree:
-    """Decodes every `QTensor` of a tree and leaves the rest as it is; the inverse of `quantize_params`."""
-    return jax.tree.map(lambda leaf: decode(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=is_qtensor)
 
 
 def is_qtensor(leaf: Any) -> bool:

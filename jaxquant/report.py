@@ -15,7 +15,7 @@ from jaxquant.errors import NoMatchError
 from jaxquant.format import Format
 from jaxquant.matrices import Matrices, write
 from jaxquant.params import axes_of
-from jaxquant.qtensor import QTensor, dequantize, is_qtensor
+from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.quantizers import rtn
 from jaxquant.stats import Stats, output_error
 from jaxquant.trace import path_name
@@ -155,7 +155,7 @@ def _row(path: str, w: Array, q: QTensor, stats: Stats | None, axes: Matrices, a
 def _errors(w: Array, q: QTensor, nearest: QTensor, stats: Stats | None, axes: Matrices) -> tuple[Array, ...]:
     """`|w|^2`, `|D|^2`, `tr(W^T H W)`, `tr(D^T H D)`, and the last of nearest rounding."""
     w = w.astype(jnp.float32)
-    d, r = (axes.take(w - dequantize(one.astype(jnp.float32))) for one in (q, nearest))
+    d, r = (axes.take(w - decode(one.astype(jnp.float32))) for one in (q, nearest))
     measure = output_error
     for _ in axes.stack:
         measure = jax.vmap(measure)

@@ -3,7 +3,8 @@
     w[in, out]  in memory as  w^T[out, in]
 
 A matmul of a few rows is bound by reading the weight, and the library that XLA calls packs it anew each time unless it
-is the left operand with its inputs last. A turned weight enters a function transposed, as any other view does.
+is the left operand with its inputs last. A turned weight enters a function transposed, as any other view does. Whoever
+does not care how a weight in codes is stored, as `dequantize`, takes it `upright`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.trace.views import transpose
 
 
@@ -34,7 +35,22 @@ class Turned:
     @property
     def upright(self) -> QTensor:
         """The weight as it was."""
-        return transpose(self.stored, _swapped(self.stored.ndim))
+        return transpose(self.stored, swapped(self.ndim))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array this stands for."""
+        return tuple(self.stored.shape[axis] for axis in swapped(self.ndim))
+
+    @property
+    def ndim(self) -> int:
+        """Its rank."""
+        return self.stored.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """Its dtype."""
+        return self.stored.dtype
 
     @property
     def nbytes(self) -> int:
@@ -56,21 +72,34 @@ def turned(tree: PyTree) -> PyTree:
       The tree with a `Turned` in the place of each.
     """
 
-    def is_whole(leaf: Any) -> bool:  # a weight that is turned already stays as it is
-        return is_qtensor(leaf) or is_turned(leaf)
+    # A weight that is turned already stays as it is.
+    return jax.tree.map(lambda leaf: _turn(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=_is_in_codes)
 
-    return jax.tree.map(lambda leaf: _turn(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=is_whole)
+
+def dequantize(tree: PyTree) -> PyTree:
+    """Decodes every `QTensor` of a tree, turned or not, and leaves the rest; the inverse of `quantize_params`."""
+    return jax.tree.map(lambda leaf: decode(upright(leaf)) if _is_in_codes(leaf) else leaf, tree, is_leaf=_is_in_codes)
 
 
 def _turn(q: QTensor) -> Any:
     if q.ndim < 2 or q.codes.dtype != jnp.int8 or q.settled.scale.shape[:-1] != (*q.shape[:-2], 1):
         return q
-    return Turned(transpose(q, _swapped(q.ndim)))
+    return Turned(transpose(q, swapped(q.ndim)))
 
 
 def is_turned(leaf: Any) -> bool:
     """Whether a leaf is a turned weight, for the `is_leaf` of `jax.tree.map`."""
     return isinstance(leaf, Turned)
+
+
+def upright(leaf: Any) -> Any:
+    """A turned weight as it was; anything else as it is."""
+    return leaf.upright if is_turned(leaf) else leaf
+
+
+def swapped(rank: int) -> tuple[int, ...]:
+    """The axes of an array with the last two in each other's place."""
+    return (*range(rank - 2), rank - 1, rank - 2)
 
 
 def straightened(fn: Callable, leaves: Sequence[Any]) -> Callable:
@@ -95,5 +124,5 @@ def straightened(fn: Callable, leaves: Sequence[Any]) -> Callable:
     return straight
 
 
-def _swapped(rank: int) -> tuple[int, ...]:
-    return (*range(rank - 2), rank - 1, rank - 2)
+def _is_in_codes(leaf: Any) -> bool:
+    return is_qtensor(leaf) or is_turned(leaf)

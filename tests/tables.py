@@ -5,6 +5,7 @@ so the statistics are reductions over blocks and the scale has one element per b
 """
 
 import contextlib
+import dataclasses
 import itertools
 
 import jax
@@ -92,6 +93,11 @@ def spread(part, size: tuple[int, ...]) -> np.ndarray:
     for axis, n in enumerate(size):
         part = np.repeat(part, n, axis)
     return part
+
+
+def exactly(q: jq.QTensor) -> jq.QTensor:
+    """The same codes with scales that are powers of two, so that products of whole numbers round nothing."""
+    return dataclasses.replace(q, scale=jnp.exp2(jnp.round(jnp.log2(q.scale))))
 
 
 def limits(format: jq.Format) -> tuple[float, float]:

@@ -103,7 +103,7 @@ def fuzz_layout(layout: str, folder: Path, seed: int, count: int) -> tuple[int, 
     """Checkpoints of others: the tensors, and the config beside them."""
     whole = open_container(GOLDEN / f"{layout}.safetensors")
     config = whole.metadata["config"].encode()
-    data = container({}, {name: np.array(whole.read(name))[..., :64] for name in whole.names if name != "expected"})
+    data = container({}, {name: np.array(whole.read(name)) for name in whole.names if name != "expected"})
     path, beside = folder / "model.safetensors", folder / "config.json"
 
     def read():
@@ -116,16 +116,16 @@ def fuzz_layout(layout: str, folder: Path, seed: int, count: int) -> tuple[int, 
     return first[0] + second[0], first[1] + second[1]
 
 
-@pytest.mark.parametrize("fuzz", (fuzz_containers, fuzz_checkpoints))
-def test_files_of_ours(tmp_path, fuzz):
-    found = fuzz(tmp_path, 0, 6000)
-    assert sum(found) == 6000 and min(found) > 100
+@pytest.mark.parametrize(("fuzz", "count"), ((fuzz_containers, 7000), (fuzz_checkpoints, 4000)))
+def test_files_of_ours(tmp_path, fuzz, count):
+    found = fuzz(tmp_path, 0, count)
+    assert sum(found) == count and min(found) > 10
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_files_of_others(tmp_path, layout):
     found = fuzz_layout(layout, tmp_path, 0, 600)
-    assert sum(found) == 600 and min(found) > 30
+    assert sum(found) == 600 and min(found) > 10
 
 
 if __name__ == "__main__":

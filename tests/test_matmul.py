@@ -8,6 +8,7 @@ Where all scales are powers of two nothing is rounded at all, and the results ar
 
 import functools
 import itertools
+import math
 import re
 
 import flax.linen as nn
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import quickly_jitted
-from tables import as_shipped
+from tables import SAMPLE, as_shipped, exactly, table
 
 import jaxquant as jq
 from jaxquant.errors import FormatError
+from jaxquant.matmul.arithmetic import floats
+from jaxquant.matmul.blocks import _by_columns
 from jaxquant.matmul.integers import integer_dot
 
 INTEGER = "int8 x int8 -> int32"
@@ -563,3 +566,26 @@ def test_products_of_packed_codes_are_exact(rows, dtype, outputs, groups):
     w = random.integers(int(info.min), int(info.max) + 1, (2, groups, 24, outputs))
     found = jax.jit(integer_dot)(jnp.asarray(x, jnp.int8), jnp.asarray(w, jnp.int8).astype(dtype))
     assert np.array_equal(found, np.einsum("bgmk,bgkn->bgmn", x, w))
+
+
+@pytest.mark.parametrize("format", **table(SAMPLE))
+def test_in_blocks_of_outputs_it_is_the_same_product(format):
+    """Law: every place of every byte meets its own scale and zero point; whole numbers round nothing."""
+    x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
+    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
+    found = jax.jit(functools.partial(_by_columns, product=floats, columns=16))(jnp.asarray(x), q)
+    expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
+    assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
+def test_packed_codes_are_unpacked_a_block_at_a_time_on_cpu(rows, activations):
+    """Law: at a few rows no array of the program is as large as the unpacked weight, and the product is the same."""
+    x, q = normal((rows, 512)), jq.quantize(normal((512, 512), 1), jq.int4(group=64))
+    run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations)).lower(q, x).compile()
+    arrays = re.findall(r" (?:f32|s32|s8)\[([\d,]+)\]", run.as_text())
+    assert " while(" in run.as_text() and max(math.prod(map(int, shape.split(","))) for shape in arrays) < q.size
+    assert run.memory_analysis().temp_size_in_bytes < 4 * 512 * 512
+    said = x if activations is None else rounded(x, activations, (1,))
+    assert close(run(q, x), said @ decoded(q), 2e-6)

@@ -12,6 +12,7 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "ptq_smollm2.py"
 
 
 @pytest.mark.model
+@pytest.mark.example
 def test_the_table_is_made_in_one_command(tmp_path):
     command = [sys.executable, str(SCRIPT), "--smoke", "--out", str(tmp_path)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout

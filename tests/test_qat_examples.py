@@ -15,6 +15,7 @@ def run(name, *options) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.example
 def test_digits(tmp_path):
     """One epoch each: training through the rounding ends above rounding."""
     run("qat_digits.py", "--smoke", "--out", tmp_path)
@@ -24,6 +25,7 @@ def test_digits(tmp_path):
 
 
 @pytest.mark.model
+@pytest.mark.example
 def test_smollm2_trains_and_goes_on_from_a_checkpoint(tmp_path):
     """Two steps lower the KL; the same command a second time takes none and finds the same figures."""
     options = ("--smoke", "--remat", "--out", tmp_path, "--checkpoints", tmp_path / "at")
@@ -36,6 +38,7 @@ def test_smollm2_trains_and_goes_on_from_a_checkpoint(tmp_path):
 
 
 @pytest.mark.model
+@pytest.mark.example
 def test_qlora_teaches_without_touching_the_base(tmp_path):
     """Two steps lower the loss; the example itself fails if a byte of the base moved."""
     run("qlora_smollm2.py", "--smoke", "--out", tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import normal
-from tables import FORMATS
+from tables import FORMATS, exactly
 
 import jaxquant as jq
 from jaxquant.matmul import gpu
@@ -34,11 +34,6 @@ def lines_of(q):
     """The slopes and offsets of a weight `[K, N]`."""
     slope = np.broadcast_to(q.scale, (q.scale.shape[0], q.shape[1])).astype(np.float32)
     return np.stack([slope] if q.zero is None else [slope, slope * np.asarray(q.zero, np.float32)])
-
-
-def exactly(q):
-    """The same codes with scales that are powers of two."""
-    return jax.tree.map(lambda part: part, q).__class__(**{**vars(q), "scale": jnp.exp2(jnp.round(jnp.log2(q.scale)))})
 
 
 def bits(x):

@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import MODELS, normal, quickly_jitted
+from tables import exactly, same
 
 import jaxquant as jq
+from jaxquant.errors import AdapterError, NotQuantizableError
 
 SHAPES = {"matrix": (3, 32, 24), "row": (1, 32, 24), "rows": (70, 32, 24)}
-
-
-def exactly(q):
-    """The same codes with a scale that is a power of two, so that nothing is rounded."""
-    return jq.QTensor(q.codes, jnp.exp2(jnp.round(jnp.log2(q.scale))), q.zero, q.dtype, q.bits)
 
 
 @pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False), None], ids=["int8", "affine", "float"])
@@ -28,7 +25,7 @@ def test_turned_is_the_same_product(shape, format, activations):
     assert isinstance(turned["w"], jq.Turned) and turned["w"].stored.shape == (outputs, inputs)
     np.testing.assert_allclose(run(turned, x), run(q, x), rtol=1e-6, atol=1e-6)
     assert np.array_equal(jq.dequantize(turned["w"].upright), jq.dequantize(q["w"]))
-    assert turned["w"].nbytes == q["w"].nbytes
+    assert turned["w"].nbytes == q["w"].nbytes and turned["w"].shape == q["w"].shape
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -70,3 +67,48 @@ def test_a_turned_weight_is_followed_through_transposes():
     x = normal(3, 32, seed=1)
     run = jq.quantized(lambda w, x: x @ w.T, activations=None)
     np.testing.assert_allclose(run(jq.turned(q), x), run(q, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_turned_weight_decodes_to_what_it_was():
+    """`dequantize` is the inverse of `quantize_params`, however a weight is stored, beside an adapter too."""
+    q = jq.quantize_params({"matrix": normal(32, 24), "stack": normal(2, 16, 8), "bias": jnp.ones(3)})
+    expected = jq.dequantize(q)
+    assert same(jq.dequantize(jq.turned(q)), expected)
+    key, x = jax.random.key(0), normal(3, 32, seed=1)
+    with_adapters = jq.turned(jq.add_lora(q, 2, key=key))
+    assert same(jq.merge_lora(jq.dequantize(with_adapters)), expected)
+    found, plain = (jq.quantized(lambda p, x: x @ p["matrix"])(tree, x) for tree in (with_adapters, q))
+    np.testing.assert_allclose(found, plain, rtol=1e-6, atol=1e-6)
+    with pytest.raises(AdapterError, match="matrix"):
+        jq.merge_lora(with_adapters)
+
+
+def test_an_adapter_stands_beside_the_upright_weight():
+    """Law: `add_lora(turned(q))` is `add_lora(q)`, leaf by leaf, and what is not chosen stays turned."""
+    q = jq.quantize_params({"one": normal(32, 24), "other": normal(32, 24, seed=1)})
+    chosen = {"rank": 2, "key": jax.random.key(0), "where": lambda path, leaf: path == "one" and leaf.shape == (32, 24)}
+    found, expected = (jq.add_lora(tree, **chosen) for tree in (jq.turned(q), q))
+    assert same(*(jax.tree.leaves(tree["one"]) for tree in (found, expected)))
+    assert isinstance(found["other"], jq.Turned)
+    jq.add_lora(jq.turned(q), 2, key=jax.random.key(0))  # the default rule takes them too
+
+
+SIDES = {"right": (-2, False), "right, transposed": (-1, False), "left": (-1, True), "left, transposed": (-2, True)}
+
+
+@pytest.mark.parametrize(("contracted", "first"), SIDES.values(), ids=SIDES)
+def test_dot_general_takes_a_turned_weight_on_either_side(contracted, first):
+    """Of a batch of matrices, contracted along either axis: the product is that of the upright weight."""
+    q = exactly(jax.vmap(lambda w: jq.quantize(w, jq.int8))(normal(2, 32, 24)))
+    x, axes = normal(2, 5, q.shape[contracted], seed=1), ((3 + contracted,), (2,))
+    numbers = ((axes if first else axes[::-1]), ((0,), (0,)))
+    run = jax.jit(lambda q, x: jq.dot_general(*((q, x) if first else (x, q)), numbers))
+    np.testing.assert_allclose(run(jq.turned(q), x), run(q, x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_turned_is_not_quantized_again():
+    turned = jq.turned(jq.quantize_params({"a": {"w": normal(32, 24)}}))
+    with pytest.raises(NotQuantizableError, match="a/w"):
+        jq.quantize_params(turned)
+    both = jq.quantize_params({**turned, "b": normal(32, 24)}, where=lambda path, leaf: path == "b")
+    assert isinstance(both["b"], jq.QTensor) and both["a"]["w"].stored is turned["a"]["w"].stored

@@ -15,8 +15,8 @@ from jaxquant.evaluate import divergence
 from jaxquant.files import load_gguf
 from jaxquant.format import Format
 from jaxquant.params import quantize_params
-from jaxquant.qtensor import dequantize
 from jaxquant.transforms.quantized import quantized
+from jaxquant.turned import dequantize
 
 _WINDOW = 512  # tokens
 

@@ -42,7 +42,7 @@ def _leaves(path: Path) -> Iterator[tuple[str, Any]]:
         return
     ours = path.is_file() and path.suffix != ".json" and "jaxquant" in open_container(path).metadata
     tree = load(path) if ours else load_safetensors(path)
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: is_bundle(leaf) or is_turned(leaf))[0]
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_bundle)[0]
     yield from ((path_name(keys), leaf) for keys, leaf in leaves if hasattr(leaf, "shape"))
 
 

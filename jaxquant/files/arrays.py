@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -66,7 +67,7 @@ def array_of(name: str, entry: Any, container: Container) -> Array | Shaped[np.n
       ChecksumError: its bytes are not those that were written.
       FileError: its entry in the description is none.
     """
-    dtype, shape, width, digest = _fields(name, entry)
+    dtype, shape, width, digest = _fields(name, entry, container.path)
     size = math.prod(shape)
     written = container.read(name)
     expected = _expected(dtype, shape, size, width)
@@ -89,20 +90,20 @@ def _expected(dtype: np.dtype, shape: tuple[int, ...], size: int, width: int | N
     return (dtype, shape) if dtype in _NATIVE else (np.dtype(np.uint8), (size * dtype.itemsize,))
 
 
-def _fields(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int | None, str]:
+def _fields(name: str, entry: Any, file: Path) -> tuple[np.dtype, tuple[int, ...], int | None, str]:
     match entry:
         case {"dtype": str(kind), "shape": [*shape], "width": None | int() as width, "sha256": str(digest)}:
             if all(type(n) is int and n >= 0 for n in shape) and width in (None, *range(1, 8)):
-                return dtype_of(kind), tuple(shape), width, digest
-    raise FileError(f"its description says {str(entry)[:80]} of tensor {name[:80]!r}, which is nothing.")
+                return dtype_of(kind, file), tuple(shape), width, digest
+    raise FileError(f"{file}: its description says {str(entry)[:80]} of tensor {name[:80]!r}, which is nothing.")
 
 
-def dtype_of(name: str) -> np.dtype:
-    """The dtype of a name.
+def dtype_of(name: str, file: Path) -> np.dtype:
+    """The dtype of a name that stands in a file.
 
     Raises:
       FileError: there is none of that name.
     """
     if name not in _BY_NAME:
-        raise FileError(f"its description names a dtype {name[:80]!r}; numbers are {', '.join(_BY_NAME)}.")
+        raise FileError(f"{file}: its description names a dtype {name[:80]!r}; numbers are {', '.join(_BY_NAME)}.")
     return _BY_NAME[name]

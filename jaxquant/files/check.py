@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,46 +16,52 @@ from jaxquant.qtensor import Kept, QTensor, is_qtensor
 _CONTAINERS = {8: ("int8", "float8_e4m3fn", "float8_e5m2"), 4: ("int4",), 3: ("int4",), 2: ("int2",)}
 
 
-def check(bundle: Any) -> None:
+def check(bundle: Any, file: Path) -> None:
     """Raises if a `QTensor` breaks the law of shapes: each axis of each part divides the same axis of its codes.
+
+    Args:
+      bundle: what was read.
+      file: where, for errors.
 
     Raises:
       FileError: the message says which part, and both shapes.
     """
     if not is_qtensor(bundle):
         return
-    _check_codes(bundle)
-    _check_statics(bundle)
+    _check_codes(bundle, file)
+    _check_statics(bundle, file)
     for name in ("scale", "zero", "transform", "kept", "input_bound", "master"):
         part = getattr(bundle, name)
         for leaf in jax.tree.leaves(part, is_leaf=is_qtensor):
-            if not _divides(_shape(leaf, name), bundle.shape):
-                raise FileError(f"a QTensor of shape {bundle.shape} has a {name} of shape {_shape(leaf, name)}.")
+            if not _divides(_shape(leaf, name, file), bundle.shape):
+                raise FileError(
+                    f"{file}: a QTensor of shape {bundle.shape} has a {name} of shape {_shape(leaf, name, file)}."
+                )
 
 
-def _check_codes(q: QTensor) -> None:
+def _check_codes(q: QTensor, file: Path) -> None:
     if not isinstance(q.codes, jax.Array | np.ndarray) or isinstance(q.bits, bool) or q.bits not in _CONTAINERS:
-        raise FileError(f"a QTensor of {q.bits!r} bits with {type(q.codes).__name__} as codes is none.")
+        raise FileError(f"{file}: a QTensor of {q.bits!r} bits with {type(q.codes).__name__} as codes is none.")
     if q.codes.dtype.name not in _CONTAINERS[q.bits]:
-        raise FileError(f"a QTensor of {q.bits} bits has codes of type {q.codes.dtype}.")
+        raise FileError(f"{file}: a QTensor of {q.bits} bits has codes of type {q.codes.dtype}.")
 
 
-def _check_statics(q: QTensor) -> None:
+def _check_statics(q: QTensor, file: Path) -> None:
     if not isinstance(q.dtype, np.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise FileError(f"a QTensor decodes to {q.dtype!r}, which is no float.")
+        raise FileError(f"{file}: a QTensor decodes to {q.dtype!r}, which is no float.")
     if q.levels is not None:
         right = isinstance(q.levels, tuple) and len(q.levels) == 2**q.bits
         if not right or not all(isinstance(level, float) and math.isfinite(level) for level in q.levels):
-            raise FileError(f"a QTensor of {q.bits} bits has levels that are not {2**q.bits} numbers.")
+            raise FileError(f"{file}: a QTensor of {q.bits} bits has levels that are not {2**q.bits} numbers.")
     if not isinstance(q.transform, tuple) or not all(isinstance(step, Transform) for step in q.transform):
-        raise FileError("a QTensor has a transform that is none.")
+        raise FileError(f"{file}: a QTensor has a transform that is none.")
     if not (q.kept is None or isinstance(q.kept, Kept)):
-        raise FileError(f"a QTensor keeps a {type(q.kept).__name__}.")
+        raise FileError(f"{file}: a QTensor keeps a {type(q.kept).__name__}.")
 
 
-def _shape(leaf: Any, name: str) -> tuple[int, ...]:
+def _shape(leaf: Any, name: str, file: Path) -> tuple[int, ...]:
     if not hasattr(leaf, "shape"):
-        raise FileError(f"a QTensor has a {name} that is a {type(leaf).__name__}, not an array.")
+        raise FileError(f"{file}: a QTensor has a {name} that is a {type(leaf).__name__}, not an array.")
     return leaf.shape
 
 

@@ -9,6 +9,7 @@ the leaves back into the structure they came from.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,12 +116,13 @@ def _step(key: Any) -> str | int:
     return name if isinstance(name, str | int) else str(name)
 
 
-def rebuild(node: Any, read: Callable[[str], Any]) -> PyTree:
+def rebuild(node: Any, read: Callable[[str], Any], file: Path) -> PyTree:
     """The tree a description stands for.
 
     Args:
       node: what `describe` gave.
       read: gives the array of a name.
+      file: where it stands, for errors.
 
     Raises:
       FileError: it is no such description.
@@ -129,40 +131,42 @@ def rebuild(node: Any, read: Callable[[str], Any]) -> PyTree:
         case {"value": None | bool() | int() | float() | str() as value, **rest} if not rest:
             return value
         case {"dict": [*items], **rest} if not rest and all(map(_is_item, items)):
-            return {key: rebuild(child, read) for key, child in items}
+            return {key: rebuild(child, read, file) for key, child in items}
         case {"list": [*items], **rest} if not rest:
-            return [rebuild(child, read) for child in items]
+            return [rebuild(child, read, file) for child in items]
         case {"tuple": [*items], **rest} if not rest:
-            return tuple(rebuild(child, read) for child in items)
+            return tuple(rebuild(child, read, file) for child in items)
         case {"dtype": str(name), **rest} if not rest:
-            return dtype_of(name)
+            return dtype_of(name, file)
         case {"array": str(name), **rest} if not rest:
             return read(name)
         case {"key": str(implementation), "data": data, **rest} if not rest:
-            return _prng_key(rebuild(data, read), implementation)
+            return _prng_key(rebuild(data, read, file), implementation, file)
         case {"class": str(name), "fields": dict(fields), **rest} if not rest:
-            return _instance(name, {field: rebuild(child, read) for field, child in fields.items()})
-    raise FileError(f"its description holds {str(node)[:80]}, which this version does not know.")
+            return _instance(name, {field: rebuild(child, read, file) for field, child in fields.items()}, file)
+    raise FileError(f"{file}: its description holds {str(node)[:80]}, which this version does not know.")
 
 
 def _is_item(item: Any) -> bool:
     return isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int)
 
 
-def _prng_key(data: Any, implementation: str) -> jax.Array:
+def _prng_key(data: Any, implementation: str, file: Path) -> jax.Array:
     try:
         return jax.random.wrap_key_data(data, impl=implementation)
     except (TypeError, ValueError) as error:
-        raise FileError(f"its description holds a key of {implementation[:80]!r} that is none: {error}") from error
+        raise FileError(
+            f"{file}: its description holds a key of {implementation[:80]!r} that is none: {error}"
+        ) from error
 
 
-def _instance(name: str, fields: dict[str, Any]) -> Any:
+def _instance(name: str, fields: dict[str, Any], file: Path) -> Any:
     cls = CLASSES.get(name)
     if cls is None:
-        raise FileError(f"its description holds a {name[:80]!r}; this version knows {', '.join(CLASSES)}.")
+        raise FileError(f"{file}: its description holds a {name[:80]!r}; this version knows {', '.join(CLASSES)}.")
     try:
         instance = cls(**fields)
     except TypeError as error:
-        raise FileError(f"its description holds a {name} that is none: {error}") from error
-    check(instance)
+        raise FileError(f"{file}: its description holds a {name} that is none: {error}") from error
+    check(instance, file)
     return instance

@@ -19,7 +19,6 @@ from jaxquant.files.container import Container, open_container
 from jaxquant.files.description import rebuild
 from jaxquant.params import is_bundle
 from jaxquant.trace import path_name
-from jaxquant.turned import is_turned
 
 VERSION = 1
 
@@ -49,15 +48,13 @@ def load(path: str | os.PathLike, like: PyTree = None) -> PyTree:
     def read(name: str) -> Any:
         entry = tensors.get(name)
         if not isinstance(entry, dict) or not isinstance(file := entry.get("file", ""), str):
-            raise FileError(f"its description has no tensor {name[:80]!r}.")
+            raise FileError(f"{path}: its description has no tensor {name[:80]!r}.")
         return array_of(name, entry, opened(file) if file else container)
 
     try:
-        tree = rebuild(described["tree"], read)
+        tree = rebuild(described["tree"], read, container.path)
     except RecursionError as error:
         raise FileError(f"{path}: its tree is too deep.") from error
-    except FileError as error:
-        raise error if str(error).startswith(str(folder)) else FileError(f"{path}: {error}") from error
     return tree if like is None else _placed(tree, like, container.path)
 
 
@@ -122,11 +119,8 @@ def _description(container: Container) -> dict[str, Any]:
 def _placed(tree: PyTree, like: PyTree, path: Path) -> PyTree:
     """The leaves of a tree in the structure of another with the same paths."""
 
-    def whole(leaf: Any) -> bool:
-        return is_bundle(leaf) or is_turned(leaf)
-
     def named(of: PyTree) -> tuple[dict[str, Any], Any]:
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(of, is_leaf=whole)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(of, is_leaf=is_bundle)
         return {path_name(keys): leaf for keys, leaf in leaves}, treedef
 
     (have, _), (want, treedef) = named(tree), named(like)

@@ -7,8 +7,8 @@ from jaxquant.matmul.arithmetic import FLOAT as FLOAT
 from jaxquant.matmul.arithmetic import INTEGER as INTEGER
 from jaxquant.matmul.arithmetic import WEIGHT_ONLY as WEIGHT_ONLY
 from jaxquant.matmul.backward import Backward as Backward
-from jaxquant.matmul.dot import dot_general as dot_general
 from jaxquant.matmul.dot import make_dot as make_dot
+from jaxquant.matmul.general import dot_general as dot_general
 from jaxquant.matmul.lookup import pick_matrices as pick_matrices
 from jaxquant.matmul.ragged import is_plain as is_plain
 from jaxquant.matmul.rules import Meeting as Meeting

@@ -20,9 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxquant.encode import Axes, quantize
 from jaxquant.format import Format, int8
+from jaxquant.matmul.blocks import in_blocks
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
-from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot
-from jaxquant.qtensor import Kept, QTensor, decode
+from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot, places_of
+from jaxquant.qtensor import Kept, QTensor, centre, decode
 
 INTEGER = "int8 x int8 -> int32"
 WEIGHT_ONLY = "weight-only"
@@ -43,7 +44,7 @@ class Formulation:
       reason: why it is not in integers; empty where it is.
       run: `(x, q) -> out`, or None for a float matmul with the decoded weight.
       say: `(x, q) -> x`, what becomes of the activations before that float matmul; None to leave them as they are.
-      gpu: `(x, q) -> out` on a GPU, where that has another form.
+      gpu, cpu: `(x, q) -> out` on a GPU and on a CPU, where those have another form.
     """
 
     arithmetic: str
@@ -51,6 +52,7 @@ class Formulation:
     run: Callable[[Array, QTensor], Array] | None = None
     say: Callable[[Array, QTensor], Array] | None = None
     gpu: Callable[[Array, QTensor], Array] | None = None
+    cpu: Callable[[Array, QTensor], Array] | None = None
 
 
 def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int) -> Formulation:
@@ -65,41 +67,56 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
-    gpu = None if inputs_last or jnp.dtype(q.dtype).itemsize > 4 else gpu_dot_floats
+    as_stored = inputs_last or jnp.dtype(q.dtype).itemsize > 4
+    gpu, blocked = (None, None) if as_stored else (gpu_dot_floats, in_blocks(rows, q))
+    cpu = blocked and blocked(floats)
     if not q.is_integer:
-        return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu)
+        return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
+    product = functools.partial(_grouped_dot, inputs_last=inputs_last)
+    unpacking = blocked(product) if blocked and places_of(q.codes.dtype) > 1 else None
     if activations is None:
-        digits_pay = rows <= _FEW_DIGITS and groups == 1
-        run = functools.partial(digits, inputs_last=inputs_last) if digits_pay else None
-        return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu)
-    options = {"inputs_last": inputs_last, "activations": activations, "outliers": min(outliers, inputs)}
-    exact = functools.partial(integer, **options)
+        few = 1 if unpacking else _FEW_DIGITS if groups == 1 else 0
+        run = floats if groups == 1 and rows <= _FEW_DIGITS else None
+        cpu = functools.partial(digits, product=unpacking or product) if rows <= few else cpu
+        return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
+    exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
+    run, cpu_run = functools.partial(exact, product=product), unpacking and functools.partial(exact, product=unpacking)
+    gpu = None if inputs_last else functools.partial(exact, product=gpu_dot)
     if groups == inputs > 1:
-        return Formulation(INTEGER, run=functools.partial(folded, run=exact))
+        run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
+        return Formulation(INTEGER, run=run, gpu=gpu)
     if groups > 1 and (rows > _FEW_ROWS or inputs_last):
         heard = functools.partial(say, activations=activations, outliers=outliers)
         reason = f"with {groups} groups and {rows} rows it is faster decoded"
-        reason, gpu = (reason, None) if inputs_last else (f"{reason} on CPU", exact)
-        return Formulation(FLOAT, reason, say=heard, gpu=gpu)
-    return Formulation(INTEGER, run=exact)
+        of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
+        return Formulation(FLOAT, reason if inputs_last else f"{reason} on CPU", say=heard, gpu=gpu, cpu=of_said)
+    return Formulation(INTEGER, run=run, gpu=gpu, cpu=cpu_run)
 
 
 def integer(
     x: Float[Array, "B M K"],
     q: QTensor,
-    inputs_last: bool,
+    product: Callable[[Array, QTensor], Array],
     activations: Format,
     outliers: int,
 ) -> Float[Array, "B M N"]:
-    """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums."""
+    """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums.
+
+    Args:
+      x: the activations.
+      q: the weight.
+      product: `(codes, q) -> sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32.
+      activations, outliers: as in `choose`.
+    """
     rest, largest = split_outliers(x, outliers)
     tokens = quantize_tokens(rest, activations, bound=q.input_bound)
     if tokens.zero is None:
-        out = tokens.scale * _codes_dot(tokens.codes, q, inputs_last)
+        out = tokens.scale * product(*_split_long(tokens.codes, q))
     else:
-        sums = _codes_dot(jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1), q, inputs_last)
+        rows = jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1)
+        sums = product(*_split_long(rows, q))
         out = tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
     return functools.reduce(operator.add, [value * _weight_rows(q, index) for index, value in largest], out)
 
@@ -110,27 +127,25 @@ def folded(x: Float[Array, "B M K"], q: QTensor, run: Callable[[Array, QTensor],
     return run(scaled, dataclasses.replace(q, scale=jnp.ones((1, 1, 1), jnp.float32)))
 
 
-def digits(x: Float[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:
+def digits(x: Float[Array, "B M K"], q: QTensor, product: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
     """Float activations against integer codes without decoding them, where that is slow (CPU).
 
     `x = s1 c1 + s2 c2 + s3 c3` with each digit the int8 code of what the ones before it left, which is exact to
     2^-23 of the largest number of a token; the three rows cost what one does.
     """
+    rest, codes, scales = x.astype(jnp.float32), [], []
+    for _ in range(3):
+        digit = quantize_tokens(rest, int8)
+        rest = rest - digit.codes.astype(jnp.float32) * digit.scale
+        codes.append(digit.codes)
+        scales.append(digit.scale)
+    parts = jnp.split(product(jnp.concatenate(codes, 1), q), 3, axis=1)
+    return functools.reduce(operator.add, map(operator.mul, scales, parts))
 
-    def as_digits(x, q):
-        rest, codes, scales = x.astype(jnp.float32), [], []
-        for _ in range(3):
-            digit = quantize_tokens(rest, int8)
-            rest = rest - digit.codes.astype(jnp.float32) * digit.scale
-            codes.append(digit.codes)
-            scales.append(digit.scale)
-        parts = jnp.split(_grouped_dot(jnp.concatenate(codes, 1), q, inputs_last), 3, axis=1)
-        return functools.reduce(operator.add, map(operator.mul, scales, parts))
 
-    def as_floats(x, q):
-        return batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
-
-    return jax.lax.platform_dependent(x, q, cpu=as_digits, default=as_floats)
+def floats(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
+    """A float32 matmul with the decoded weight."""
+    return batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
 
 
 class Tokens(NamedTuple):
@@ -205,15 +220,8 @@ def _weight_rows(q: QTensor, index: Int[Array, "B M"]) -> Float[Array, "B M N"]:
         return jnp.take_along_axis(every, index[..., None] // member, axis=1, mode="clip").astype(jnp.float32)
 
     codes = of_token(q.codes.astype(jnp.int8))
-    centred = codes if q.zero is None else codes - of_token(q.zero.astype(jnp.int8))
+    centred = codes if q.zero is None else codes - of_token(centre(q))
     return centred * of_token(q.scale)
-
-
-def _codes_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:
-    """`sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32."""
-    codes, q = _split_long(codes, q)
-    anywhere = functools.partial(_grouped_dot, inputs_last=inputs_last)
-    return anywhere(codes, q) if inputs_last else jax.lax.platform_dependent(codes, q, cuda=gpu_dot, default=anywhere)
 
 
 def _grouped_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:
@@ -221,8 +229,8 @@ def _grouped_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> 
     x = jnp.swapaxes(codes.reshape(b, m, groups, k // groups), 1, 2)
     total = integer_dot(x, q.codes.reshape(b, groups, k // groups, n), inputs_last)
     if q.zero is not None:
-        zero = q.zero.astype(jnp.int32)[:, :, None, :]
-        total = total - zero * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True)
+        zero = centre(q)[:, :, None, :]
+        total = total.astype(zero.dtype) - zero * jnp.sum(x, axis=-1, dtype=jnp.int32, keepdims=True).astype(zero.dtype)
     return jnp.sum(total.astype(jnp.float32) * q.scale[:, :, None, :], axis=1)
 
 

@@ -8,17 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxquant import inputs
-from jaxquant.encode import quantize
 from jaxquant.errors import FormatError
-from jaxquant.format import Format, int8
+from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import FLOAT, Formulation, choose, split_kept
-from jaxquant.matmul.derivative import apply
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
+from jaxquant.trace.views import Bundle
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -58,11 +56,14 @@ class Dot:
         if weight is None:
             return self.reference(x, q)
         formulation = self._choose(x.shape, weight)
+        forms = {"cuda": formulation.gpu, "cpu": formulation.cpu}
+        multiply = {
+            platform: functools.partial(self._multiply, Formulation("", run=form))
+            for platform, form in forms.items()
+            if form is not None
+        }
         anywhere = functools.partial(self._multiply, formulation)
-        if formulation.gpu is None:
-            return anywhere(x, q)
-        on_gpu = functools.partial(self._multiply, Formulation("", run=formulation.gpu))
-        return jax.lax.platform_dependent(x, q, cuda=on_gpu, default=anywhere)
+        return jax.lax.platform_dependent(x, q, **multiply, default=anywhere) if multiply else anywhere(x, q)
 
     def _multiply(self, formulation: Formulation, x: Array, q: QTensor) -> Array:
         weight = self.matrices(q)
@@ -183,6 +184,33 @@ def make_dot(
     return Dot(contracted, batch, weight_first, *activations, precision, jnp.dtype(dtype), memory)
 
 
+def as_it_lies(
+    weight: Bundle, memory: tuple[int, ...], numbers: DimensionNumbers, first: bool
+) -> tuple[Bundle, DimensionNumbers, tuple[int, ...]]:
+    """A weight with its axes in the order of memory, and what that makes of the dimension numbers and of that order.
+
+    Outside of the operation, where XLA sees that it transposes back what was transposed: inside it would not, and would
+    convert a transposed weight before it is multiplied. Outputs that would change places are left as they are.
+
+    Args:
+      weight: the weight.
+      memory: the permutation that brings its axes to the order they lie in memory.
+      numbers: the dimension numbers of `jax.lax.dot_general`.
+      first: whether the weight is the left operand.
+    """
+    natural = tuple(range(weight.ndim))
+    side = 0 if first else 1
+    taken = {*numbers[0][side], *numbers[1][side]}
+    outputs = [axis for axis in memory if axis not in taken]
+    if memory == natural or outputs != sorted(outputs):
+        return weight, numbers, memory
+    moved = [[list(pair[0]), list(pair[1])] for pair in numbers]
+    for pair in moved:
+        pair[side] = [memory.index(axis) for axis in pair[side]]
+    contracted, batch = ((tuple(left), tuple(right)) for left, right in moved)
+    return views.transpose(weight, memory), (contracted, batch), natural
+
+
 def check_activations(activations: Format | None, outliers: int) -> None:
     """Raises for a format or a number of outliers that activations cannot have."""
     if type(outliers) is not int or outliers < 0:
@@ -194,46 +222,3 @@ def check_activations(activations: Format | None, outliers: int) -> None:
             f"activations={activations}: activations are quantized to integers per token (jq.int8, "
             "jq.int8(symmetric=False), jq.int4, ...), or kept in floating point with activations=None."
         )
-
-
-def dot_general(
-    lhs: ArrayLike | QTensor,
-    rhs: ArrayLike | QTensor,
-    dimension_numbers: DimensionNumbers,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    *,
-    out_sharding: Any = None,
-    weights: Format | None = None,
-    activations: Format | None = int8,
-    outliers: int = 0,
-) -> Float[Array, "..."]:
-    """`jax.lax.dot_general` where one operand may be a `QTensor`; with arrays alone it is that function.
-
-    For layers written by hand, and for Flax's hooks: a Flax layer gives its float kernel, so
-    `nn.Dense(64, dot_general=functools.partial(jq.dot_general, weights=jq.int8))` quantizes it on the way in.
-
-    Args:
-      lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
-      weights: the format to write a float `rhs` in first; None to leave it as it is.
-      activations, outliers: as in `quantized`, for the other operand.
-
-    Raises:
-      FormatError: `activations` is not an integer format per token.
-    """
-    check_activations(activations, outliers)
-    if weights is not None and not isinstance(rhs, QTensor):
-        rhs = quantize(rhs, weights, axis=tuple(dimension_numbers[0][1]))
-    lhs, rhs = (side.settled if isinstance(side, QTensor) else jnp.asarray(side) for side in (lhs, rhs))
-    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
-        lhs = decode(lhs)
-    if not (isinstance(lhs, QTensor) or isinstance(rhs, QTensor)):
-        options = {} if out_sharding is None else {"out_sharding": out_sharding}
-        return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **options)
-    first = isinstance(lhs, QTensor)
-    x, q = (rhs, lhs) if first else (lhs, rhs)
-    dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)
-    out = apply(
-        make_dot(dimension_numbers, first, (activations, outliers), precision, dtype, tuple(range(q.ndim))), x, q
-    )
-    return out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)

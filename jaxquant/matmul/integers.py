@@ -7,6 +7,8 @@ arrays an element at a time. There a single row is padded to two, and packed cod
 neighbouring outputs, which two shifts tell apart.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int8, Int32, Shaped
@@ -31,7 +33,7 @@ def integer_dot(
     """
     if inputs_last:
         return jax.lax.platform_dependent(x, w, cpu=_turned, default=_widened)
-    rows, packed = x.shape[2], 8 // jnp.iinfo(w.dtype).bits
+    rows, packed = x.shape[2], places_of(w.dtype)
     by_bytes = packed > 1 and w.shape[-1] % packed == 0 and w.shape[-1] >= packed * _WIDE
     if rows > 1 and not by_bytes:
         return _widened(x, w)
@@ -65,11 +67,23 @@ def _turned(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Arr
 
 def _by_bytes(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[Array, "B G M N"]:
     """Packed codes as the bytes they lie in, one matmul for each place in a byte."""
-    packed = 8 // jnp.iinfo(w.dtype).bits
-    pairs = w.reshape(*w.shape[:-1], w.shape[-1] // packed, packed)
-    held = jax.lax.bitcast_convert_type(pairs, jnp.int8)
+    packed, held = places_of(w.dtype), bytes_of(w)
     outs = [batched_dot(x, unpacked(held, place, packed), jnp.int32) for place in range(packed)]
     return jnp.stack(outs, axis=-1).reshape(*x.shape[:3], w.shape[-1])
+
+
+def places_of(dtype: Any) -> int:
+    """How many codes of a dtype lie in a byte."""
+    return 8 // jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 1
+
+
+def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:
+    """The bytes that packed codes lie in; codes of a byte as they are."""
+    packed = places_of(codes.dtype)
+    if packed == 1:
+        return codes
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // packed, packed)
+    return jax.lax.bitcast_convert_type(pairs, jnp.int8)
 
 
 def unpacked(held: Int8[Array, "..."], place: int, packed: int) -> Int8[Array, "..."]:

@@ -14,13 +14,12 @@ from jaxquant.matmul.arithmetic import FLOAT, INTEGER
 from jaxquant.matmul.backward import Backward, apply_with
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
-from jaxquant.matmul.dot import DimensionNumbers, check_activations, make_dot
+from jaxquant.matmul.dot import as_it_lies, check_activations, make_dot
 from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis
 from jaxquant.matmul.low_rank import correction
 from jaxquant.matmul.ragged import Ragged, is_plain
 from jaxquant.qtensor import decode, is_qtensor
 from jaxquant.trace import Param, Rules
-from jaxquant.trace.views import transpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,30 +100,11 @@ def _dot(
         return _adapted_dot(param, x, first, params, result, activations, hear)
     if not _fits(param, x, "dot_general", hear) or params.get("out_sharding") is not None:
         return None
-    q, numbers, memory = _as_it_lies(param, params["dimension_numbers"], first)
+    lies = param.memory or tuple(range(param.value.ndim))
+    q, numbers, memory = as_it_lies(param.value, lies, params["dimension_numbers"], first)
     dot = make_dot(numbers, first, activations, params["precision"], result.dtype, memory)
     hear(lambda: _meeting(param, "dot_general", x, activations[0], *dot.arithmetic(x.shape, q)))
     return apply(dot, x, q) if backward is None else apply_with(dot, backward, x, q)
-
-
-def _as_it_lies(param: Param, numbers: DimensionNumbers, first: bool) -> tuple[Any, DimensionNumbers, tuple[int, ...]]:
-    """The weight with its axes in the order of memory, and what that makes of the dimension numbers.
-
-    Here, where XLA sees that it transposes back what was transposed: inside of the operation it would not, and would
-    convert a transposed weight before it is multiplied. Outputs that would change places are left as they are.
-    """
-    natural = tuple(range(param.value.ndim))
-    memory = param.memory or natural
-    side = 0 if first else 1
-    taken = {*numbers[0][side], *numbers[1][side]}
-    outputs = [axis for axis in memory if axis not in taken]
-    if memory == natural or outputs != sorted(outputs):
-        return param.value, numbers, memory
-    moved = [[list(pair[0]), list(pair[1])] for pair in numbers]
-    for pair in moved:
-        pair[side] = [memory.index(axis) for axis in pair[side]]
-    contracted, batch = ((tuple(left), tuple(right)) for left, right in moved)
-    return transpose(param.value, memory), (contracted, batch), natural
 
 
 def _adapted_dot(param: Param, x, first: bool, params: Mapping[str, Any], result, activations, hear: Hear):

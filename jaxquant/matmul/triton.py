@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int8, Shaped
 
-from jaxquant.matmul.integers import LONGEST, unpacked
+from jaxquant.matmul.integers import LONGEST, places_of, unpacked
 from jaxquant.qtensor import look_up
 
 # How many programs keep every core of a large GPU busy: below that the sum over inputs is split among several.
@@ -41,7 +41,7 @@ class Coding:
     @property
     def packed(self) -> int:
         """How many codes lie in a byte."""
-        return 8 // jnp.iinfo(self.dtype).bits if jnp.issubdtype(self.dtype, jnp.integer) else 1
+        return places_of(self.dtype)
 
     def values(self, held: Int8[Array, "..."], place: int, dtype: Any) -> Shaped[Array, "..."]:
         """The numbers at one place of the bytes that hold the codes, without their scale."""

@@ -12,6 +12,7 @@ from jaxquant.quantizers.wrapper import Wrapper
 from jaxquant.stats import Stats
 from jaxquant.trace.views import expand
 
+MIDDLE = 8  # what llama.cpp adds to a 4-bit code, so that it is not negative
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # positive numbers of float16
 
 
@@ -19,11 +20,10 @@ _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # positive numbers of float16
 class half_scales(Wrapper):
     """Rounds the scales of another quantizer to float16 before the codes are chosen, as llama.cpp's blocks keep them.
 
-        scale' = float16(scale),    zero' = least - float16((least - zero) * scale) / scale'
+        scale' = float16(scale),    zero' = -(8 + float16(-(8 + zero) * scale) / scale')
 
     The codes are those nearest to the weights on these scales, or the inner quantizer's own, whichever have the lower
-    `tr(D^T H D)`. A zero point is a float32, so that what the least code decodes to, `(least - zero) * scale`, which is
-    what llama.cpp keeps of it, is a float16.
+    `tr(D^T H D)`. A zero point is a float32, so that `-(8 + zero) * scale`, which llama.cpp adds, is a float16.
 
     Args:
       inner: a format of integers or a quantizer of one, such as `jq.int4(group=32)` or `jq.gptq(jq.int4(group=32))`.
@@ -39,7 +39,7 @@ class half_scales(Wrapper):
             raise OptionError(
                 f"half_scales({self.inner}): it wraps plain integer codes, and these are {q.description}."
             )
-        ours = _in_half(q.settled, self.format.qmin)
+        ours = _in_half(q.settled)
         nearest = dataclasses.replace(ours, codes=self._nearest(w, ours))
         keep = loss(w, ours, stats) < loss(w, nearest, stats)
         return jax.tree.map(lambda a, b: jnp.where(keep, a, b), ours, nearest)
@@ -51,12 +51,12 @@ class half_scales(Wrapper):
         return codes.astype(q.codes.dtype)
 
 
-def _in_half(q: QTensor, least: float) -> QTensor:
+def _in_half(q: QTensor) -> QTensor:
     scale = _half(jnp.clip(q.scale, _SMALLEST, _LARGEST))
     if q.zero is None:
         return dataclasses.replace(q, scale=scale)
-    offset = _half(jnp.clip((least - q.zero.astype(jnp.float32)) * q.scale, -_LARGEST, _LARGEST))
-    return dataclasses.replace(q, scale=scale, zero=least - offset / scale)
+    offset = _half(jnp.clip(-(MIDDLE + q.zero.astype(jnp.float32)) * q.scale, -_LARGEST, _LARGEST))
+    return dataclasses.replace(q, scale=scale, zero=-(MIDDLE + offset / scale))
 
 
 def _half(values):

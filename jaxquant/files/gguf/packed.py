@@ -14,10 +14,10 @@ from jaxtyping import Float16, Int8, UInt8
 
 from jaxquant.errors import FormatError
 from jaxquant.qtensor import QTensor
+from jaxquant.quantizers.half_scales import MIDDLE
 from jaxquant.trace.views import expand
 
 BLOCK = 32
-MIDDLE = 8  # what is added to a 4-bit code, so that it is not negative
 _FIX = (
     "Quantize it with jq.half_scales(jq.int8(group=32)), jq.half_scales(jq.int4(group=32)) or "
     "jq.half_scales(jq.int4(group=32, symmetric=False)), or write the floats of jq.dequantize(q)."
