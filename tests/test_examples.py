@@ -16,8 +16,9 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_the_code_of_the_pages():
+def test_the_code_of_the_pages(tmp_path, monkeypatch):
     """The blocks of the README in order, and that of the algorithms, on a small model."""
+    monkeypatch.chdir(tmp_path)
     model = nn.Sequential([nn.Embed(16, 128), nn.Dense(16)])
     tokens = jax.random.randint(jax.random.key(1), (2, 4), 0, 16)
     params = model.init(jax.random.key(0), tokens)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -406,3 +407,43 @@ def test_a_saver_that_is_killed_leaves_a_checkpoint(tmp_path):
             seen.add(value)
         saver.stdin.close()
     assert 1 in seen  # which each saver has written once before it is killed
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    path, old = tmp_path / "q.safetensors", {"w": jnp.arange(64.0)}
+    jq.save(path, old)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {f"w{i}": np.full((64, 64), i, np.float32) for i in range(3)}
+    for shard_bytes, limit in ((10**9, 30_000), (20_000, 17_000)):  # in the one file; in the entry after two shards
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"q.*safetensors"):
+                jq.save(path, large | {"z": np.zeros(3 * limit // 2, np.int8)}, shard_bytes=shard_bytes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        same(jq.load(path), old)
+        assert parts(tmp_path) == ["q.safetensors"]
+
+
+CONCURRENT = """
+import sys
+import numpy as np
+from jaxquant.files import save
+number = int(sys.argv[2])
+for turn in range(40):
+    tree = {f"w{i}": np.full((32, 32), 100 * number + (turn + i) % 3, np.int32) for i in range(4)}
+    save(sys.argv[1], tree, {"saver": number, "turn": turn}, shard_bytes=5000)
+"""
+
+
+def test_savers_and_a_reader_at_once(tmp_path):
+    """Some shards of one tree are those of another: none is removed that is named."""
+    path = tmp_path / "q.safetensors"
+    jq.save(path, {})
+    savers = [subprocess.Popen([sys.executable, "-c", CONCURRENT, path, str(number)]) for number in range(2)]
+    while any(saver.poll() is None for saver in savers):
+        values = {int(w[0, 0]) // 100 for w in jq.load(path).values()}
+        assert len(values) <= 1
+    assert [saver.returncode for saver in savers] == [0, 0]
+    assert jq.load_metadata(path)["turn"] == 39 and len(jq.load(path)) == 4
+    assert len(parts(tmp_path)) == 4

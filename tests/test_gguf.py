@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 from llama import Llama, first_blocks
+from mutations import mutations
 
 import jaxquant as jq
 from jaxquant.errors import FileError, FormatError, OptionError
@@ -430,26 +431,6 @@ def test_a_scale_that_is_no_number_names_the_tensor_and_the_block(tmp_path, kind
     path = written(tmp_path / "a.gguf", [("w", blocks, TYPES[kind])])
     with pytest.raises(FileError, match=rf"a\.gguf: tensor 'w', {kind}: block 2 has -?(inf|nan)"):
         load_gguf(path).tensors["w"]
-
-
-def mutations(seed: int, data: bytes, count: int):
-    """Files near a valid one: bits flipped, numbers replaced by extreme ones, pieces cut out, doubled or swapped."""
-    rng = np.random.default_rng(seed)
-    extremes = [0, 1, 2**7, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1]
-    for _ in range(count):
-        at, size = int(rng.integers(len(data))), int(rng.integers(1, 17))
-        match int(rng.integers(5)):
-            case 0:
-                yield data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :]
-            case 1:
-                number = u64(extremes[int(rng.integers(len(extremes)))])[: 4 if rng.integers(2) else 8]
-                yield data[:at] + number + data[at + len(number) :]
-            case 2:
-                yield data[:at] + data[at + size :]
-            case 3:
-                yield data[: at + size] + data[at:]
-            case 4:
-                yield data[:at] + rng.bytes(size) + data[at + size :]
 
 
 def test_a_damaged_file_is_an_error_or_is_read(tmp_path):

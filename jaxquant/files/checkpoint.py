@@ -80,6 +80,24 @@ def _sharded(path: Path) -> dict[str, Container]:
     return {name: containers[shard] for name, shard in places.items()}
 
 
+def nested(leaves: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """A tree of dicts, by splitting names at their dots.
+
+    Raises:
+      FileError: a name leads through a tensor.
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict) or last in node:
+            raise FileError(f"{path}: tensor {name!r} has the name of another, or begins with it.")
+        node[last] = leaf
+    return tree
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file of that name directly in a folder.
 

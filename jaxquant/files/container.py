@@ -18,7 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
 
 from jaxquant.errors import FileError
 from jaxquant.optional import optional
@@ -57,17 +57,19 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Container:
-    """The header of a safetensors file.
+    """A safetensors file whose header has been read.
 
     Args:
       path: of the file.
       tensors: by name.
       metadata: the texts beside them.
+      data: all its bytes, mapped into memory: those of this file even after another has taken its place.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    data: UInt8[np.ndarray, " bytes"] = dataclasses.field(repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,14 +88,7 @@ class Container:
         if tensor.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise FileError(f"{self.path}: tensor {name!r} is of type {tensor.dtype}, which is not one of {known}.")
-        return mapped(self.path, tensor.start, tensor.stop).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-
-
-def mapped(path: Path, start: int, stop: int) -> Shaped[np.ndarray, " bytes"]:
-    """The bytes `[start, stop)` of a file, mapped into memory."""
-    if start == stop:  # nothing cannot be mapped
-        return np.empty(0, np.uint8)
-    return np.asarray(np.memmap(path, np.uint8, "r", start, (stop - start,)))
+        return self.data[tensor.start : tensor.stop].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def open_container(path: str | os.PathLike) -> Container:
@@ -104,8 +99,8 @@ def open_container(path: str | os.PathLike) -> Container:
       OSError: it cannot be read.
     """
     path = Path(path)
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise FileError(
@@ -113,11 +108,12 @@ def open_container(path: str | os.PathLike) -> Container:
                 f"most {_LONGEST_HEADER}. It is cut short, or no safetensors file."
             )
         text = file.read(length)
+        data = np.asarray(np.memmap(file, np.uint8, "r"))
     header = _parsed(path, text)
     _validate(path)
     metadata = header.pop("__metadata__", None) or {}
     tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
-    return Container(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata)
+    return Container(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata, data)
 
 
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:

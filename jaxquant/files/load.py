@@ -39,10 +39,24 @@ def load(path: str | os.PathLike, like: PyTree = None) -> PyTree:
       FileError: it is no file of `save`'s, or of a newer version; or it has other paths or shapes than `like`.
       OSError: it cannot be read.
     """
-    container = open_container(path)
+    tree = _tree(open_container(path))
+    return tree if like is None else _placed(tree, like, Path(path))
+
+
+def _tree(container: Container) -> PyTree:
+    try:
+        return _read(container)
+    except (FileError, FileNotFoundError):
+        latest = open_container(container.path)
+        if latest.metadata == container.metadata:
+            raise
+        return _tree(latest)  # another process has saved meanwhile, and removed what the old file named
+
+
+def _read(container: Container) -> PyTree:
     described = _description(container)
-    tensors, folder = described["tensors"], container.path.parent
-    opened = functools.cache(lambda file: open_container(inside(folder, file)))
+    tensors, path = described["tensors"], container.path
+    opened = functools.cache(lambda file: open_container(inside(path.parent, file)))
 
     @functools.cache
     def read(name: str) -> Any:
@@ -52,10 +66,9 @@ def load(path: str | os.PathLike, like: PyTree = None) -> PyTree:
         return array_of(name, entry, opened(file) if file else container)
 
     try:
-        tree = rebuild(described["tree"], read, container.path)
+        return rebuild(described["tree"], read, path)
     except RecursionError as error:
         raise FileError(f"{path}: its tree is too deep.") from error
-    return tree if like is None else _placed(tree, like, container.path)
 
 
 def load_metadata(path: str | os.PathLike) -> dict[str, Any]:

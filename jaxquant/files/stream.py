@@ -21,10 +21,9 @@ from jaxtyping import Array
 
 from jaxquant.errors import FileError, NoMatchError
 from jaxquant.files.arrays import entry_of, on_disk
-from jaxquant.files.checkpoint import Checkpoint, open_checkpoint
+from jaxquant.files.checkpoint import Checkpoint, nested, open_checkpoint
 from jaxquant.files.container import open_container, write_container
 from jaxquant.files.description import Node, describe
-from jaxquant.files.huggingface.folder import nested
 from jaxquant.files.load import seal, shards, unsealed
 from jaxquant.files.save import locked, remove, write_entry
 from jaxquant.format import Format, int8

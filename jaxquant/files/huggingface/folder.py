@@ -16,26 +16,8 @@ from jaxquant.qtensor import QTensor, is_qtensor
 from jaxquant.trace import path_name
 
 
-def nested(leaves: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """A tree of dicts, by splitting names at their dots.
-
-    Raises:
-      FileError: a name leads through a tensor.
-    """
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = node.setdefault(parent, {}) if isinstance(node, dict) else node
-        if not isinstance(node, dict) or last in node:
-            raise FileError(f"{path}: tensor {name!r} has the name of another, or begins with it.")
-        node[last] = leaf
-    return tree
-
-
 def flattened(tree: PyTree) -> tuple[dict[str, QTensor], dict[str, Shaped[np.ndarray, "..."]]]:
-    """The weights in codes and the other arrays of a tree of dicts, by name; the inverse of `nested`.
+    """The weights in codes and the other arrays of a tree of dicts, by name; the inverse of `checkpoint.nested`.
 
     Raises:
       FileError: a node is no dict, or a leaf neither an array nor a `QTensor`; it names the path.

@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxquant.errors import FileError
-from jaxquant.files.checkpoint import Checkpoint, open_checkpoint, read_object
+from jaxquant.files.checkpoint import Checkpoint, nested, open_checkpoint, read_object
 from jaxquant.files.huggingface import awq, bitsandbytes, compressed_tensors, gptq
-from jaxquant.files.huggingface.folder import nested
 from jaxquant.files.huggingface.parts import Layout, Parts, Settings, float_dtype
 from jaxquant.qtensor import QTensor
 
