@@ -40,6 +40,11 @@ def weight(*shape: int, seed: int = 0) -> jax.Array:
     return normal(*shape, seed=seed) / np.sqrt(shape[-2]).astype(np.float32)
 
 
+def well_jitted(fn: Callable) -> Callable:
+    """Compiled with all optimizations, where what it computes takes longer than to compile it."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 3})
+
+
 def quickly_jitted(fn: Callable) -> Callable:
     """Compiled with few optimizations, where it is not the compiled program that matters."""
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})

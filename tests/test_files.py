@@ -447,3 +447,18 @@ def test_savers_and_a_reader_at_once(tmp_path):
     assert [saver.returncode for saver in savers] == [0, 0]
     assert jq.load_metadata(path)["turn"] == 39 and len(jq.load(path)) == 4
     assert len(parts(tmp_path)) == 4
+
+
+def test_a_rename_that_is_denied_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path, old = tmp_path / "q.safetensors", {"w": jnp.arange(64.0)}
+    jq.save(path, old)
+
+    def denied(source, target):
+        raise PermissionError(13, "Permission denied", str(target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", denied)
+        with pytest.raises(PermissionError, match="Permission denied"):
+            jq.save(path, {"w": jnp.zeros(64)})
+    same(jq.load(path), old)
+    assert parts(tmp_path) == ["q.safetensors"]

@@ -67,6 +67,7 @@ def test_text(run, name):
     assert found["int4"][1] < found["int8"][1] < found["float32"][1] / 3
 
 
+@pytest.mark.example
 def test_mixture_of_experts(run):
     """As above; and at 2 bits, calibrated error feedback gives back a tenth of what rounding takes, or more."""
     found = run("moe", steps=150)
@@ -116,6 +117,7 @@ def test_minilm_is_pytorchs(parts):
 
 
 @pytest.mark.model
+@pytest.mark.example
 def test_minilm_in_codes(parts):
     """Unit vectors an error of e away from each other have a cosine of 1 - e^2 / 2: 0.99 is an error of 14 %."""
     names = ("float32", "int8, int8 activations", "int4 g64", "int4 g64 gptq")

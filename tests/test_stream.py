@@ -123,3 +123,28 @@ def test_errors_name_the_tensor_and_leave_the_old_checkpoint(tmp_path, case):
     with pytest.raises(error, match=says):
         jq.quantize_checkpoint(src, dst, **options)
     same(jq.load(dst), {"old": jnp.ones(2)})
+
+
+INDICES = {
+    "above": ({"w": "../out.safetensors"}, "not a plain name"),
+    "absolute": ({"w": "/etc/passwd"}, "not a plain name"),
+    "a link": ({"w": "link.safetensors"}, "outside of that folder"),
+    "missing": ({"w": "gone.safetensors"}, "missing"),
+    "no such tensor": ({"v": "in.safetensors"}, "does not have it"),
+    "no names": ({"w": 3}, "weight_map"),
+    "no map": (None, "weight_map"),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_an_index_cannot_lead_elsewhere(tmp_path, case):
+    places, says = INDICES[case]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (tmp_path / "out.safetensors", folder / "in.safetensors"):
+        write_container(path, {"w": np.zeros(4, np.float32)}, {})
+    (folder / "link.safetensors").symlink_to(tmp_path / "out.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({} if places is None else {"weight_map": places}))
+    for read in (jq.load_safetensors, lambda src: jq.quantize_checkpoint(src, tmp_path / "q")):
+        with pytest.raises(FileError, match=says):
+            read(folder)

@@ -82,7 +82,8 @@ def logits(
     """The logits of the token after each."""
     embedding = weights["token_embd.weight"]
     x = embedding[tokens]
-    factors = weights.get(_FACTORS, jnp.ones(()))
+    pairs = weights["blk.0.attn_q.weight"].shape[0] // shape.heads // 2
+    factors = weights.get(_FACTORS, jnp.ones(pairs))
     for layer in range(shape.layers):
         block = {part: weights[f"blk.{layer}.{part}.weight"] for part in _BLOCK}
         x = x + _attention(shape, block, factors, _norm(shape, x, block["attn_norm"]))
@@ -92,14 +93,14 @@ def logits(
 
 def _norm(shape: Shape, x: Hidden, gain: Float[Array, " width"]) -> Hidden:
     mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean + shape.epsilon) * gain
+    return x * jax.lax.rsqrt(mean + shape.epsilon) * gain[None, None]
 
 
 def _feed_forward(block: Mapping[str, Any], x: Hidden) -> Hidden:
     return (jax.nn.silu(x @ block["ffn_gate"].T) * (x @ block["ffn_up"].T)) @ block["ffn_down"].T
 
 
-def _attention(shape: Shape, block: Mapping[str, Any], factors: Float[Array, "..."], x: Hidden) -> Hidden:
+def _attention(shape: Shape, block: Mapping[str, Any], factors: Float[Array, " pairs"], x: Hidden) -> Hidden:
     def heads(weight: Any, count: int) -> Float[Array, "batch time heads width"]:
         return (x @ weight.T).reshape(*x.shape[:2], count, -1)
 
@@ -110,12 +111,12 @@ def _attention(shape: Shape, block: Mapping[str, Any], factors: Float[Array, "..
 
 
 def _rope(
-    shape: Shape, factors: Float[Array, "..."], x: Float[Array, "batch time heads width"]
+    shape: Shape, factors: Float[Array, " pairs"], x: Float[Array, "batch time heads width"]
 ) -> Float[Array, "batch time heads width"]:
     """Rotates neighbouring pairs, as GGUF files order them, by position * base^(-2i / width) / factor."""
     pairs = x.shape[-1] // 2
-    frequencies = shape.rope_base ** (-jnp.arange(pairs) / pairs) / factors
-    angles = (jnp.arange(x.shape[1])[:, None] * frequencies)[None, :, None]
+    frequencies = shape.rope_base ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs) / factors
+    angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), frequencies)[None, :, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = (even * jnp.cos(angles) - odd * jnp.sin(angles), even * jnp.sin(angles) + odd * jnp.cos(angles))
     return jnp.stack(turned, axis=-1).reshape(x.shape)

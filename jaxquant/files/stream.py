@@ -179,7 +179,8 @@ def _tree(nodes: Mapping[tuple[str, ...], Node]) -> Node:
 
 
 def _leaf(name: str, plan: Plan) -> Any:
-    array = plan.source.read(name)
+    # In a map of its own: the pages that were read leave memory with it.
+    array = open_container(plan.source.places[name].path).read(name)
     if name not in plan.chosen:
         return array
     path = _path(name)

@@ -72,4 +72,5 @@ def _block(q: QTensor, held: Array, index: Array, place: int) -> QTensor:
         return jax.lax.dynamic_index_in_dim(parts, index, axis=2, keepdims=False)
 
     scale, zero = jax.tree.map(lines, (q.scale, q.zero))
-    return dataclasses.replace(q, codes=unpacked(held, place, places), scale=scale, zero=zero, master=None)
+    codes = unpacked(held, place, places) if places > 1 else held
+    return dataclasses.replace(q, codes=codes, scale=scale, zero=zero, master=None)
