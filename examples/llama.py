@@ -178,11 +178,13 @@ class Llama(nn.Module):
     """A Llama of any size: tokens to the logits of the tokens that follow them.
 
     The layers are unrolled: on CPU, `lax.scan` over stacked layers would copy each layer's weights on every step.
-    `block=nn.remat(Block)` keeps no activations inside the layers for the backward pass.
+    `block=nn.remat(Block)` keeps no activations inside the layers for the backward pass; `last=True` gives the logits after
+    the last token only, which is all that a prompt is read for.
     """
 
     config: LlamaConfig
     block: type[nn.Module] = Block
+    last: bool = False
 
     @nn.compact
     def __call__(
@@ -197,7 +199,7 @@ class Llama(nn.Module):
             past = None if cache is None else cache.layers[layer]
             x, present = self.block(c, name=f"block_{layer}")(x, past, position)
             presents.append(present)
-        x = nn.RMSNorm(c.norm_eps, name="norm")(x)
+        x = nn.RMSNorm(c.norm_eps, name="norm")(x[:, -1:] if self.last else x)
         logits = embed.attend(x) if c.tied else nn.Dense(c.vocab, use_bias=False, name="head")(x)
         if cache is not None:
             cache = KVCache(tuple(presents), position + tokens.shape[1])
@@ -228,7 +230,7 @@ def generate_step(
     """Reads `tokens` and chooses the next one: the likeliest, or a sample if a temperature and a key are given.
 
     Args:
-      forward: `model.apply`, or anything that is called like it.
+      forward: `model.apply`, or anything that is called like it; of a model with `last=True`, if a prompt is long.
       params: the parameters `forward` takes.
       tokens: a whole prompt, or the token chosen by the step before.
       cache: what came before; jit this with the cache donated and it is updated in place.

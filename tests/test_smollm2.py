@@ -175,6 +175,8 @@ def test_generate_step_is_greedy_or_samples():
     params, apply, tokens = init(TINY), jax.jit(Llama(TINY).apply), random_tokens(TINY, 1, 4)
     cache = KVCache.empty(TINY, 1, 8)
     chosen, after = generate_step(apply, params, tokens, cache)
+    last, _ = Llama(TINY, last=True).apply(params, tokens, cache)
+    assert last.shape[1] == 1 and jnp.allclose(last, apply(params, tokens, cache)[0][:, -1:], atol=1e-5)
     assert chosen[0, 0] == apply(params, tokens)[0][0, -1].argmax()
     assert int(after.position) == 4
     cold, _ = generate_step(apply, params, tokens, cache, temperature=1e-4, key=jax.random.key(2))
