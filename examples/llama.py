@@ -178,8 +178,8 @@ class Llama(nn.Module):
     """A Llama of any size: tokens to the logits of the tokens that follow them.
 
     The layers are unrolled: on CPU, `lax.scan` over stacked layers would copy each layer's weights on every step.
-    `block=nn.remat(Block)` keeps no activations inside the layers for the backward pass; `last=True` gives the logits after
-    the last token only, which is all that a prompt is read for.
+    `block=nn.remat(Block)` keeps no activations inside the layers for the backward pass; `last=True` gives the logits
+    after the last token only, which is all that a prompt is read for.
     """
 
     config: LlamaConfig
