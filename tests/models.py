@@ -40,11 +40,6 @@ def weight(*shape: int, seed: int = 0) -> jax.Array:
     return normal(*shape, seed=seed) / np.sqrt(shape[-2]).astype(np.float32)
 
 
-def well_jitted(fn: Callable) -> Callable:
-    """Compiled with all optimizations, where what it computes takes longer than to compile it."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 3})
-
-
 def quickly_jitted(fn: Callable) -> Callable:
     """Compiled with few optimizations, where it is not the compiled program that matters."""
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
@@ -342,5 +337,7 @@ _BUILDERS = (
     plain_picked_moe,
     plain_lstm,
 )
+# One of each framework and of each kind of matmul, for laws that are long to check and hold of the others elsewhere.
+FEW = ("linen_cnn", "nnx_scan", "equinox_mlp", "haiku_transformer", "plain_moe", "plain_lstm")
 # Built when first asked for: a model costs a second, and one test needs one.
 MODELS: dict[str, Callable[[], Model]] = {builder.__name__: functools.cache(builder) for builder in _BUILDERS}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from models import MODELS
+from models import FEW, MODELS
 
 import jaxquant as jq
 from jaxquant import errors
@@ -472,8 +472,8 @@ def test_the_gram_matrix_tells_what_an_error_does_to_the_output(name):
     np.testing.assert_allclose(np.sum(np.square(np.asarray(change, np.float64))), predicted, rtol=1e-5)
 
 
-@every_model
-def test_quantizers_on_every_model(name):
+@pytest.mark.parametrize("name", FEW)
+def test_quantizers_on_models(name):
     """Law: on its own objective GPTQ is nowhere worse than nearest rounding and better on the whole; statistics tell a
     format the axes that names tell it.
 

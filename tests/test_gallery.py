@@ -41,7 +41,9 @@ def check_digits(found):
     assert found["int4"][1] < found["int8"][1] < found["float32"][1] / 3
 
 
-@pytest.mark.parametrize("name", ["plain_mlp", "nnx_classifier", "equinox_lstm"])
+@pytest.mark.parametrize(
+    "name", ["plain_mlp", *(pytest.param(n, marks=EXAMPLE) for n in ("nnx_classifier", "equinox_lstm"))]
+)
 def test_digits(run, name):
     check_digits(run(name, steps=200))
 
@@ -57,6 +59,7 @@ def losses(found):
     return {name: math.log(perplexity) for name, (perplexity, _) in found.items()}
 
 
+@pytest.mark.example
 @pytest.mark.parametrize("name", ["linen_scan", "haiku_gru"])
 def test_text(run, name):
     """In float a third of a nat below the 3.24 of single characters; in codes 0.005 (int8) or 0.1 more at most."""

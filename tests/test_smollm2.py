@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import smollm2
 from llama import KVCache, Llama, LlamaConfig, generate_step
-from models import well_jitted
 
 import jaxquant as jq
 
@@ -44,12 +43,12 @@ def tokenizer(path):
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    return smollm2.text_windows(tokenizer, smollm2.held_out_text(), 16)
+    return smollm2.text_windows(tokenizer, smollm2.held_out_text(), 8)
 
 
 @pytest.fixture(scope="module")
 def forward(model):
-    return well_jitted(Llama(model[0]).apply)
+    return jax.jit(Llama(model[0]).apply)
 
 
 def perplexity(forward, params, windows) -> float:
@@ -111,10 +110,10 @@ def test_cached_decoding_of_the_model_is_its_forward(golden, model, forward):
 
 @pytest.mark.model
 def test_int8_perplexity_is_within_one_percent_of_float(model, forward, windows):
-    """As far as 16 windows tell: which codes a tie rounds to is the processor's, and moves the loss by its interval."""
+    """As far as 8 windows tell: which codes a tie rounds to is the processor's, and moves the loss by its interval."""
     config, params = model
     int8, qparams = (
-        well_jitted(jq.quantized(Llama(config).apply, **smollm2.ARITHMETIC)),
+        jax.jit(jq.quantized(Llama(config).apply, **smollm2.ARITHMETIC)),
         jq.quantize_params(params, jq.int8),
     )
     batches = [window[None] for window in windows]
@@ -144,7 +143,7 @@ def test_an_int8_cache_costs_a_five_hundredth_of_perplexity(model, windows, forw
     """On SmolLM2 with float weights: perplexity through an int8 cache within 1.002 of that without one."""
     config, params = model
     cache = KVCache.empty(config, 1, 512, smollm2.CACHES["int8"])
-    cached = well_jitted(lambda params, tokens: Llama(config).apply(params, tokens, cache))
+    cached = jax.jit(lambda params, tokens: Llama(config).apply(params, tokens, cache))
     some = windows[:4]
     assert perplexity(cached, params, some) < 1.002 * perplexity(forward, params, some)
 
