@@ -67,6 +67,7 @@ def test_help_has_an_example(command, capsys):
 
 
 @pytest.mark.model
+@pytest.mark.example
 def test_eval_of_smollm2(capsys):
     from llama_gguf import fetch_smollm2
 

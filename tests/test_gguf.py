@@ -477,6 +477,7 @@ def test_smollm2_is_read_as_llama_cpp_does_and_written_again_as_it_was(tmp_path)
 
 
 @pytest.mark.model
+@pytest.mark.example
 def test_smollm2_in_its_codes_means_the_decoded_model():
     """Law 1: no weight was decoded on the way in, and in float arithmetic the logits are those of the floats."""
     config, params = llama_gguf.load_codes(llama_gguf.fetch_smollm2())

@@ -139,6 +139,7 @@ def test_decoding_with_a_cache_in_codes_is_nearly_the_forward(name):
 
 
 @pytest.mark.model
+@pytest.mark.example
 def test_an_int8_cache_costs_a_five_hundredth_of_perplexity(model, windows, forward):
     """On SmolLM2 with float weights: perplexity through an int8 cache within 1.002 of that without one."""
     config, params = model
