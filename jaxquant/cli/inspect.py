@@ -37,13 +37,18 @@ def inspect(path: Path) -> str:
 
 def _leaves(path: Path) -> Iterator[tuple[str, Any]]:
     """The arrays and bundles of a checkpoint by name; those of llama.cpp are read one by one."""
-    if path.is_file() and path.open("rb").read(4) == b"GGUF":
+    if path.is_file() and _begins_with(path, b"GGUF"):
         yield from load_gguf(path).tensors.items()
         return
     ours = path.is_file() and path.suffix != ".json" and "jaxquant" in open_container(path).metadata
     tree = load(path) if ours else load_safetensors(path)
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_bundle)[0]
     yield from ((path_name(keys), leaf) for keys, leaf in leaves if hasattr(leaf, "shape"))
+
+
+def _begins_with(path: Path, word: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(word)) == word
 
 
 def _format(leaf: Any) -> str:

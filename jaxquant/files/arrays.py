@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def stored_size(stored: Stored) -> int:
     """The bytes that will take."""
     size = math.prod(stored.array.shape)
     return packed_size(size, stored.width) if stored.width is not None else size * stored.array.dtype.itemsize
+
+
+def in_parts(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, cut where the sizes of a part would be more than `most`; there is always one part."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if parts[-1] and filled + size > most:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    return parts
 
 
 def entry_of(stored: Stored, array: Shaped[np.ndarray, "..."]) -> dict[str, Any]:

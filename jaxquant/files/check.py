@@ -33,10 +33,9 @@ def check(bundle: Any, file: Path) -> None:
     for name in ("scale", "zero", "transform", "kept", "input_bound", "master"):
         part = getattr(bundle, name)
         for leaf in jax.tree.leaves(part, is_leaf=is_qtensor):
-            if not _divides(_shape(leaf, name, file), bundle.shape):
-                raise FileError(
-                    f"{file}: a QTensor of shape {bundle.shape} has a {name} of shape {_shape(leaf, name, file)}."
-                )
+            shape = _shape(leaf, name, file)
+            if not _divides(shape, bundle.shape):
+                raise FileError(f"{file}: a QTensor of shape {bundle.shape} has a {name} of shape {shape}.")
 
 
 def _check_codes(q: QTensor, file: Path) -> None:

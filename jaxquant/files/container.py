@@ -211,10 +211,5 @@ def _settle(path: Path) -> None:
         os.close(handle)
 
 
-def nbytes(tensor: Tensor) -> int:
-    """The bytes a tensor takes on disk."""
-    return tensor.stop - tensor.start
-
-
 def _package() -> ModuleType:
     return optional("safetensors", FIX)

@@ -91,6 +91,11 @@ def shards(path: Path) -> set[str]:
     return {file for file in files if isinstance(file, str) and ours.fullmatch(file)}
 
 
+def shard_name(path: Path, text: str) -> str:
+    """The name of a file beside a checkpoint, which follows from a text that tells it from all others."""
+    return f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}{path.suffix}"
+
+
 def seal(text: str) -> str:
     """A text behind its own checksum."""
     return f"{hashlib.sha256(text.encode()).hexdigest()} {text}"

@@ -7,7 +7,6 @@ makes a checkpoint be there.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,10 +18,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxquant.errors import FileError
-from jaxquant.files.arrays import entry_of, on_disk, stored_size
+from jaxquant.files.arrays import entry_of, in_parts, on_disk, stored_size
 from jaxquant.files.container import write_container
 from jaxquant.files.description import Stored, describe
-from jaxquant.files.load import VERSION, seal, shards
+from jaxquant.files.load import VERSION, seal, shard_name, shards
 
 
 def save(
@@ -50,7 +49,8 @@ def save(
         if isinstance(stored.array, jax.Array) and not stored.array.is_fully_addressable:
             raise FileError(f"{name}: it lies on devices of other processes too. Save such trees with orbax.")
     about = json.dumps(dict(metadata or {}))  # an error of the caller's comes before any writing
-    first, *others = _parts(arrays, shard_bytes)
+    sizes = {name: stored_size(stored) for name, stored in arrays.items()}
+    first, *others = ({name: arrays[name] for name in names} for names in in_parts(sizes, shard_bytes))
     with locked(path.parent):
         old, new = shards(path), set[str]()
         try:
@@ -77,24 +77,11 @@ def write_entry(path: Path, arrays: Mapping[str, np.ndarray], described: Mapping
     write_container(path, arrays, {"jaxquant": seal(json.dumps({"version": VERSION, **described}))})
 
 
-def _parts(arrays: Mapping[str, Stored], shard_bytes: int) -> list[dict[str, Stored]]:
-    """The arrays in order, cut where a file would grow beyond its size."""
-    parts, filled = [{}], 0
-    for name, stored in arrays.items():
-        size = stored_size(stored)
-        if parts[-1] and filled + size > shard_bytes:
-            parts, filled = [*parts, {}], 0
-        parts[-1][name] = stored
-        filled += size
-    return parts
-
-
 def _write_shard(path: Path, part: Mapping[str, Stored], new: set[str]) -> dict[str, Any]:
     """Writes a file named after what is in it, so that the same tree is the same bytes under the same names."""
     arrays = {name: on_disk(stored) for name, stored in part.items()}
     entries = {name: entry_of(part[name], array) for name, array in arrays.items()}
-    digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
-    file = f"{path.stem}-{digest}{path.suffix}"
+    file = shard_name(path, json.dumps(entries))
     new.add(file)
     write_container(path.parent / file, arrays, {})
     return {name: entry | {"file": file} for name, entry in entries.items()}

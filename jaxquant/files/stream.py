@@ -7,11 +7,10 @@ that was stopped has written is found again.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxquant.errors import FileError, NoMatchError
-from jaxquant.files.arrays import entry_of, on_disk
+from jaxquant.files.arrays import entry_of, in_parts, on_disk
 from jaxquant.files.checkpoint import Checkpoint, nested, open_checkpoint
 from jaxquant.files.container import open_container, write_container
 from jaxquant.files.description import Node, describe
-from jaxquant.files.load import seal, shards, unsealed
+from jaxquant.files.load import seal, shard_name, shards, unsealed
 from jaxquant.files.save import locked, remove, write_entry
 from jaxquant.format import Format, int8
 from jaxquant.params import is_matrix, quantize_params
@@ -68,8 +67,8 @@ def quantize_checkpoint(
     total = sum(plan.sizes.values())
     nodes, tensors, done = {}, {}, 0
     with locked(dst.parent):
-        for place, names in enumerate(_parts(plan.sizes)):
-            file = f"{dst.stem}-{_digest(f'{plan.name} {place}')}{dst.suffix}"
+        for place, names in enumerate(in_parts(plan.sizes, _PART)):
+            file = shard_name(dst, f"{plan.name} {place}")
             part = _found(dst.parent / file) or _written(dst.parent / file, names, plan)
             nodes |= part["nodes"]
             tensors |= {name: {**entry, "file": file} for name, entry in part["tensors"].items()}
@@ -127,21 +126,6 @@ def _plan(
 
 def _path(name: str) -> str:
     return name.replace(".", "/")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in order, cut where a part would grow beyond its size."""
-    part: list[str] = []
-    for name, size in sizes.items():
-        if part and sum(sizes[other] for other in part) + size > _PART:
-            yield part
-            part = []
-        part.append(name)
-    yield part
 
 
 def _found(path: Path) -> dict[str, Any] | None:

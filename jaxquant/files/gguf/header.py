@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxquant.errors import FileError
 from jaxquant.files.gguf.reader import Reader
-from jaxquant.files.gguf.values import ARRAY, NUMBERS, STRING, encoded, plain, text_bytes
+from jaxquant.files.gguf.values import ARRAY, NUMBERS, STRING, encoded, plain, text_bytes, u32, u64
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32
@@ -185,20 +185,12 @@ def header_bytes(
       tensors: the shape, the number of the type and the bytes of each.
       alignment: what every tensor's first byte is a multiple of.
     """
-    parts, offset = [MAGIC, _u32(VERSION), _u64(len(tensors)), _u64(len(metadata))], 0
+    parts, offset = [MAGIC, u32(VERSION), u64(len(tensors)), u64(len(metadata))], 0
     for key, value in metadata.items():
         parts += [text_bytes(key), encoded(key, value)]
     for name, (shape, number, nbytes) in tensors.items():
-        sizes = b"".join(map(_u64, reversed(shape)))
-        parts += [text_bytes(name), _u32(len(shape)), sizes, _u32(number), _u64(offset)]
+        sizes = b"".join(map(u64, reversed(shape)))
+        parts += [text_bytes(name), u32(len(shape)), sizes, u32(number), u64(offset)]
         offset += padded(nbytes, alignment)
     header = b"".join(parts)
     return header.ljust(padded(len(header), alignment), b"\0")
-
-
-def _u32(number: int) -> bytes:
-    return number.to_bytes(4, "little")
-
-
-def _u64(number: int) -> bytes:
-    return number.to_bytes(8, "little")

@@ -37,7 +37,7 @@ def encoded(key: str, value: Any) -> bytes:
       FileError: GGUF has no such value.
     """
     if isinstance(value, str):
-        return _u32(STRING) + text_bytes(value)
+        return u32(STRING) + text_bytes(value)
     if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
         return _array(STRING, len(value)) + b"".join(map(text_bytes, value))
     array = _numbers(value)
@@ -46,13 +46,13 @@ def encoded(key: str, value: Any) -> bytes:
             f"metadata[{key!r}] is {value!r:.60}, which GGUF has no type for: give text, a number, or a list of either."
         )
     kind = _KINDS[array.dtype]
-    return (_array(kind, array.size) if array.ndim else _u32(kind)) + array.tobytes()
+    return (_array(kind, array.size) if array.ndim else u32(kind)) + array.tobytes()
 
 
 def text_bytes(text: str) -> bytes:
     """The length of a text, and the text."""
     data = text.encode()
-    return len(data).to_bytes(8, "little") + data
+    return u64(len(data)) + data
 
 
 def _numbers(value: Any) -> np.ndarray | None:
@@ -94,8 +94,14 @@ def _listed(values: list | tuple) -> np.ndarray | None:
 
 
 def _array(kind: int, count: int) -> bytes:
-    return _u32(ARRAY) + _u32(kind) + count.to_bytes(8, "little")
+    return u32(ARRAY) + u32(kind) + u64(count)
 
 
-def _u32(number: int) -> bytes:
+def u32(number: int) -> bytes:
+    """A uint32."""
     return number.to_bytes(4, "little")
+
+
+def u64(number: int) -> bytes:
+    """A uint64."""
+    return number.to_bytes(8, "little")
