@@ -59,6 +59,15 @@ def test_errors_are_one_line_and_an_exit_code(checkpoint, tmp_path, capsys):
         assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("layers", (0, 2**40, 1.5, "many"))
+def test_a_llama_of_no_number_of_layers(tmp_path, capsys, layers):
+    path = tmp_path / "a.gguf"
+    about = {"general.architecture": "llama", "llama.attention.head_count": 2, "llama.block_count": layers}
+    jq.save_gguf(path, {"token_embd.weight": jnp.ones((4, 4))}, about)
+    assert main(["eval", str(path)]) == 1
+    assert "'llama.block_count' is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ("quantize", "inspect", "eval"))
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:

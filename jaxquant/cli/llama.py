@@ -55,11 +55,19 @@ def read(file: Gguf) -> tuple[Shape, dict[str, Any]]:
             raise FileError(f"its field 'llama.{key}' is {value!r}, not a number.")
         return value
 
-    heads = number("attention.head_count")
+    def count(key: str, default: int | None = None) -> int:
+        value = number(key, default)
+        if type(value) is not int or value < 1:
+            raise FileError(f"its field 'llama.{key}' is {value!r}, not a positive whole number.")
+        return value
+
+    heads, layers = count("attention.head_count"), count("block_count")
+    if layers > len(file.entries):  # before the names of all their tensors are listed
+        raise FileError(f"its field 'llama.block_count' is {layers}, and it has {len(file.entries)} tensors.")
     shape = Shape(
-        number("block_count"),
+        layers,
         heads,
-        number("attention.head_count_kv", heads),
+        count("attention.head_count_kv", heads),
         number("rope.freq_base", 1e4),
         number("attention.layer_norm_rms_epsilon"),
     )
