@@ -22,8 +22,8 @@ from tables import SAMPLE, as_shipped, exactly, table
 
 import jaxquant as jq
 from jaxquant.errors import FormatError
-from jaxquant.matmul.arithmetic import floats
-from jaxquant.matmul.blocks import _by_columns
+from jaxquant.matmul.arithmetic import floats, grouped_dot
+from jaxquant.matmul.blocks import _by_columns, _by_inputs
 from jaxquant.matmul.integers import integer_dot
 
 INTEGER = "int8 x int8 -> int32"
@@ -576,6 +576,17 @@ def test_in_blocks_of_outputs_it_is_the_same_product(format):
     found = jax.jit(functools.partial(_by_columns, product=floats, columns=16))(jnp.asarray(x), q)
     expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
     assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("format", **table({name: f for name, f in SAMPLE.items() if f.is_integer}))
+def test_in_blocks_of_inputs_it_is_the_same_product(format, pieces):
+    """Law: the sum over blocks of inputs, each with the scale and the zero point of its group, is that over all."""
+    x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64))
+    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
+    product, block = functools.partial(grouped_dot, inputs_last=False), 64 // q.scale.shape[1] // pieces
+    found = jax.jit(functools.partial(_by_inputs, product=product, block=block))(jnp.asarray(x, jnp.int8), q)
+    assert np.array_equal(found, x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64))
 
 
 @pytest.mark.parametrize("rows", [1, 5])

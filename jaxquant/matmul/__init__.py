@@ -3,10 +3,10 @@
 The only room that knows which formulation is fast where.
 """
 
-from jaxquant.matmul.arithmetic import FLOAT as FLOAT
-from jaxquant.matmul.arithmetic import INTEGER as INTEGER
-from jaxquant.matmul.arithmetic import WEIGHT_ONLY as WEIGHT_ONLY
 from jaxquant.matmul.backward import Backward as Backward
+from jaxquant.matmul.choice import FLOAT as FLOAT
+from jaxquant.matmul.choice import INTEGER as INTEGER
+from jaxquant.matmul.choice import WEIGHT_ONLY as WEIGHT_ONLY
 from jaxquant.matmul.dot import make_dot as make_dot
 from jaxquant.matmul.general import dot_general as dot_general
 from jaxquant.matmul.lookup import pick_matrices as pick_matrices

@@ -1,10 +1,12 @@
-"""A matmul on a CPU a block of outputs at a time, so that what is unpacked or decoded of a weight stays in a cache.
+"""A matmul on a CPU a block of the weight at a time, so that what is unpacked or decoded of it stays in a cache.
 
-    out[:, block] = product(x, q[:, block])
+    out[:, block] = product(x, q[:, block])                of outputs, where the weight is decoded
+    out = sum_block product(x[:, block], q[block])         of inputs, where packed codes meet codes in integers
 
 XLA on CPU writes a decoded weight to memory as a whole and reads it again, which takes several times as long as reading
 its codes. In a loop every block is written to the same place. Codes below a byte are read as the bytes they lie in, one
-product for each place in a byte: codes of four bits XLA would widen before the loop, an element at a time.
+product for each place in a byte: codes of four bits XLA would widen before the loop, an element at a time. Blocks of
+inputs lie together in memory, and no group is cut by them; of floats they would need sums that a library does better.
 """
 
 import dataclasses
@@ -27,25 +29,77 @@ _COLUMNS, _CACHE = range(128, 0, -16), 2**20
 _LARGE = 2**25
 # Up to this many rows packed codes are worth unpacking in blocks in smaller weights too, from this many on.
 _FEW_ROWS, _SMALL = 8, 2**18
+# The fewest inputs that make a block and the most, and the rows beyond which a weight is decoded as fast as a whole.
+_SHORTEST, _LONGEST, _MANY_ROWS = 32, 128, 128
 
 
-def in_blocks(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
+def by_inputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
+    """What makes a product `(codes, q) -> out` one of block after block; None where that does not pay.
+
+    Args:
+      rows: the tokens.
+      q: the weight, `[B, K, N]`, in integer codes.
+    """
+    (batch, inputs, _), groups = q.shape, q.scale.shape[1]
+    member = inputs // max(groups, 1)
+    block = max((size for size in range(1, min(member, _LONGEST) + 1) if member % size == 0), default=0)
+    # Without groups a small weight is one product as a whole, which no scale comes between.
+    pays = _pays(rows, q) and rows <= _MANY_ROWS and (groups > 1 or _is_large(q))
+    if batch != 1 or places_of(q.codes.dtype) == 1 or block < _SHORTEST or not pays:
+        return None
+    return lambda product: functools.partial(_by_inputs, product=product, block=block)
+
+
+def by_outputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
     """What makes a product `(x, q) -> out` one of block after block; None where that does not pay.
 
     Args:
       rows: the tokens.
-      q: the weight, `[B, K, N]`. Where there are several devices it may be cut among them, and a loop over blocks would
-        make each gather the whole.
+      q: the weight, `[B, K, N]`.
     """
     batch, inputs, outputs = q.shape
-    places, size = places_of(q.codes.dtype), inputs * outputs
-    packed = q.is_integer and places > 1
-    pays = 4 * size >= _LARGE or (packed and rows <= _FEW_ROWS and size >= _SMALL)
+    places = places_of(q.codes.dtype)
     fit = [columns for columns in _COLUMNS if outputs % (columns * places) == 0]
     columns = next((columns for columns in fit if 4 * inputs * columns <= _CACHE), min(fit, default=None))
-    if batch != 1 or not pays or columns is None or jax.device_count() > 1:
+    if batch != 1 or columns is None or not _pays(rows, q):
         return None
     return lambda product: functools.partial(_by_columns, product=product, columns=columns)
+
+
+def _pays(rows: int, q: QTensor) -> bool:
+    packed = q.is_integer and places_of(q.codes.dtype) > 1
+    pays = _is_large(q) or (packed and rows <= _FEW_ROWS and q.shape[1] * q.shape[2] >= _SMALL)
+    # Among several devices a weight may be cut, and a loop over blocks would make each gather the whole.
+    return pays and jax.device_count() == 1
+
+
+def _is_large(q: QTensor) -> bool:
+    return 4 * q.shape[1] * q.shape[2] >= _LARGE
+
+
+def _by_inputs(x: Shaped[Array, "1 M K"], q: QTensor, product: Product, block: int) -> Float[Array, "1 M N"]:
+    """The product as the sum of those with so many inputs each, one after the other."""
+    (_, k, n), places = q.shape, places_of(q.codes.dtype)
+    count = k // block
+    # Without the axis of 1, around which XLA would copy the codes to another layout.
+    held, rows = bytes_of(q.codes).reshape(count, block, -1), jnp.moveaxis(x.reshape(-1, count, block), 1, 0)
+    parts = jax.tree.map(lambda part: jnp.repeat(part[0], count // part.shape[1], axis=0), (q.scale, q.zero))
+
+    def add(totals: tuple[Array, ...], one: Any) -> tuple[tuple[Array, ...], None]:
+        some, codes, parts = one
+
+        def of(part: Array, place: int) -> Array:
+            return part[None, None] if part.shape[-1] == 1 else part.reshape(1, 1, -1, places)[..., place]
+
+        def at(place: int) -> QTensor:
+            scale, zero = jax.tree.map(lambda part: of(part, place), parts)
+            return QTensor(unpacked(codes, place, places)[None], scale, zero, q.dtype, q.bits)
+
+        return tuple(total + product(some[None], at(place)) for place, total in enumerate(totals)), None
+
+    start = (jnp.zeros((1, x.shape[1], n // places), jnp.float32),) * places
+    totals, _ = jax.lax.scan(add, start, (rows, held, parts))
+    return jnp.stack(totals, axis=-1).reshape(1, -1, n)
 
 
 def _by_columns(x: Shaped[Array, "1 M K"], q: QTensor, product: Product, columns: int) -> Float[Array, "1 M N"]:

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from jaxquant import inputs
 from jaxquant.errors import FormatError
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import FLOAT, Formulation, choose, split_kept
+from jaxquant.matmul.arithmetic import split_kept
+from jaxquant.matmul.choice import FLOAT, Formulation, choose
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
 from jaxquant.trace.views import Bundle

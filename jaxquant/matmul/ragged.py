@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import FLOAT, INTEGER, WEIGHT_ONLY, quantize_tokens
+from jaxquant.matmul.arithmetic import quantize_tokens
+from jaxquant.matmul.choice import FLOAT, INTEGER, WEIGHT_ONLY
 from jaxquant.matmul.integers import LONGEST
 from jaxquant.qtensor import QTensor, decode
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxquant.adapter import Sides
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import FLOAT, INTEGER
 from jaxquant.matmul.backward import Backward, apply_with
+from jaxquant.matmul.choice import FLOAT, INTEGER
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import as_it_lies, check_activations, make_dot
