@@ -1,6 +1,9 @@
 """`quantize_checkpoint`: part by part what `quantize_params` gives of the whole; stopped, it goes on where it was."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from test_files import same
 
 import jaxquant as jq
 from jaxquant.errors import FileError, NoMatchError, NonFiniteError, ShapeError
-from jaxquant.files import stream
+from jaxquant.files import slabs, stream
 from jaxquant.files.container import write_container
 
 
@@ -148,3 +151,92 @@ def test_an_index_cannot_lead_elsewhere(tmp_path, case):
     for read in (jq.load_safetensors, lambda src: jq.quantize_checkpoint(src, tmp_path / "q")):
         with pytest.raises(FileError, match=says):
             read(folder)
+
+
+FORMATS = {
+    "int8": jq.int8,
+    "int4 g8": jq.int4(group=8),
+    "int4 g8 affine": jq.int4(group=8, symmetric=False),
+    "int3": jq.int3,
+    "int2 affine": jq.int2(symmetric=False),
+    "fp8": jq.fp8,
+    "nf4": jq.nf4(group=8),
+    "int8 per tensor": jq.int8(per_channel=False),  # cut along a stack alone
+    "rtn": jq.rtn(jq.int4(group=8)),
+}
+LEAVES = {"a/weight": (45, 16), "a/kernel": (16, 45), "stack/kernel": (7, 16, 6), "conv/kernel": (3, 3, 8, 31)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+@pytest.mark.parametrize("path", LEAVES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_slabs_are_the_whole_bit_for_bit(monkeypatch, format, path, dtype):
+    shape, quantizer, lengths = LEAVES[path], FORMATS[format], []
+    leaf = np.random.default_rng(1).standard_normal(shape).astype(dtype)
+    axis = slabs.free_axis(path, shape, quantizer)
+    if axis is None:
+        assert format == "int8 per tensor" and "stack" not in path
+        return
+
+    def encode(array):
+        lengths.append(array.shape[axis])
+        return jq.quantize_params({path: array}, quantizer)[path]
+
+    monkeypatch.setattr(slabs, "_SLAB", leaf.nbytes // 7)
+    codes = slabs.in_slabs(lambda: leaf, axis, encode)
+    assert len(lengths) > 2 and min(lengths) > 1 and sum(lengths) == shape[axis]
+    same(jax.tree.map(jnp.asarray, codes), jq.quantize_params({path: jnp.asarray(leaf)}, quantizer)[path])
+
+
+WHOLE = {"gptq": jq.gptq(jq.int8), "least squares": jq.rtn(jq.int8, jq.least_squares), "a quantizer of one's own": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    format = jq.int8
+
+    def __call__(self, w, stats):
+        return jq.quantize(w, self.format)
+
+
+@pytest.mark.parametrize("quantizer", WHOLE)
+def test_a_quantizer_that_may_look_at_all_gets_the_whole(quantizer):
+    assert slabs.free_axis("a/weight", (64, 64), WHOLE[quantizer] or Own()) is None
+
+
+def test_an_error_in_a_slab_names_the_place_in_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(slabs, "_SLAB", 256)
+    leaf = np.ones((64, 16), np.float32)
+    leaf[50, 3] = np.nan
+    write_container(tmp_path / "src.safetensors", {"a.weight": leaf}, {})
+    with pytest.raises(NonFiniteError, match=r"a/weight\[50, 3\]"):
+        jq.quantize_checkpoint(tmp_path / "src.safetensors", tmp_path / "q.safetensors")
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+
+import jax.numpy as jnp
+
+import jaxquant as jq
+
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+
+jq.quantize(jnp.ones((64, 64)), jq.int8)
+idle = peak()
+jq.quantize_checkpoint(sys.argv[1], sys.argv[2], jq.int8)
+print(peak() - idle)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_what_is_held_is_the_codes_and_little_beside_them(tmp_path):
+    leaf = np.ones((16384, 4096), jnp.bfloat16)  # 134 MB; the whole in one piece takes five times that
+    write_container(tmp_path / "src.safetensors", {"a.weight": leaf}, {})
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "src.safetensors"), str(tmp_path / "q.safetensors")]
+    held = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert held < 1.5 * leaf.nbytes

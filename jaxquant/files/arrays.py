@@ -37,7 +37,8 @@ def on_disk(stored: Stored) -> Shaped[np.ndarray, "..."]:
     """The array as it is written: itself, its packed codes, or its bytes where safetensors has no name for its type."""
     array = contiguous(np.asarray(stored.array))
     if stored.width is not None:
-        return packed(array.astype(np.int8), stored.width)
+        # Only the low bits are taken, and they are the same in every dtype of one byte.
+        return packed(array.view(np.int8) if array.itemsize == 1 else array.astype(np.int8), stored.width)
     return array if array.dtype in _NATIVE else array.reshape(-1).view(np.uint8)
 
 

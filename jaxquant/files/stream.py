@@ -6,6 +6,7 @@ A shard says of itself what is in it, under a name that follows from the source 
 that was stopped has written is found again.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,15 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxquant.errors import FileError, NoMatchError
+from jaxquant.errors import FileError, NoMatchError, NonFiniteError, ShapeError
 from jaxquant.files.arrays import entry_of, in_parts, on_disk
 from jaxquant.files.checkpoint import Checkpoint, nested, open_checkpoint
 from jaxquant.files.container import open_container, write_container
 from jaxquant.files.description import Node, describe
 from jaxquant.files.load import seal, shard_name, shards, unsealed
 from jaxquant.files.save import locked, remove, write_entry
+from jaxquant.files.slabs import free_axis, in_slabs
 from jaxquant.format import Format, int8
 from jaxquant.params import is_matrix, quantize_params
+from jaxquant.qtensor import QTensor
 from jaxquant.quantizers import Quantizer
 from jaxquant.stats import Stats
 
@@ -44,6 +47,9 @@ def quantize_checkpoint(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Quantizes a checkpoint of safetensors files into one of `save`'s, in the memory of its largest tensor.
+
+    Where scales belong to channels or groups and weights are rounded to nearest, tensors are not held in float: they
+    are read and written in codes slab by slab. Other quantizers, statistics and a scale per tensor need one whole.
 
     What is quantized, and how, is as `quantize_params` has it: a tensor `a.b.weight` is the leaf `a/b/weight`. A run
     that was stopped goes on where it was when it is started again.
@@ -144,14 +150,24 @@ def _written(path: Path, names: list[str], plan: Plan) -> dict[str, Any]:
     nodes: dict[str, Node] = {}
     tensors: dict[str, Any] = {}
     for name in names:
-        node, stored = describe(_leaf(name, plan), tuple(name.split(".")))
-        written = {key: on_disk(part) for key, part in stored.items()}
-        nodes[name] = node
+        nodes[name], written, entries = _described(name, plan)
         arrays |= written
-        tensors |= {key: entry_of(stored[key], array) for key, array in written.items()}
+        tensors |= entries
     part = {"nodes": nodes, "tensors": tensors}
     write_container(path, arrays, {_PART_NAME: seal(json.dumps(part))})
     return part
+
+
+def _described(name: str, plan: Plan) -> tuple[Node, dict[str, np.ndarray], dict[str, Any]]:
+    """A leaf as it is written: its description, its arrays, and the entry of each."""
+    node, stored = describe(_leaf(name, plan), tuple(name.split(".")))
+    written, entries = {}, {}
+    for key in list(stored):
+        # Taken out, because the functions inside `describe` hold each other, and this dict, until they are collected.
+        part = stored.pop(key)
+        written[key] = on_disk(part)
+        entries[key] = entry_of(part, written[key])
+    return node, written, entries
 
 
 def _tree(nodes: Mapping[tuple[str, ...], Node]) -> Node:
@@ -163,9 +179,18 @@ def _tree(nodes: Mapping[tuple[str, ...], Node]) -> Node:
 
 
 def _leaf(name: str, plan: Plan) -> Any:
-    # In a map of its own: the pages that were read leave memory with it.
-    array = open_container(plan.source.places[name].path).read(name)
+    def read() -> np.ndarray:
+        # In a map of its own: the pages that were read leave memory with it.
+        return open_container(plan.source.places[name].path).read(name)
+
+    def encode(array: Array) -> QTensor:
+        return quantize_params({path: array}, plan.quantizer, stats=plan.stats, where=lambda *_: True)[path]
+
+    array, path = read(), _path(name)
     if name not in plan.chosen:
         return array
-    path = _path(name)
-    return quantize_params({path: jnp.asarray(array)}, plan.quantizer, stats=plan.stats, where=lambda *_: True)[path]
+    axis = None if path in plan.stats else free_axis(path, array.shape, plan.quantizer)
+    if axis is not None:
+        with contextlib.suppress(NonFiniteError, ShapeError):  # the same of the whole says where in it
+            return in_slabs(read, axis, encode)
+    return encode(jnp.asarray(array))
