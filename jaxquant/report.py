@@ -20,6 +20,7 @@ from jaxquant.quantizers import rtn
 from jaxquant.stats import Stats, output_error
 from jaxquant.trace import path_name
 from jaxquant.transforms.explain import explain
+from jaxquant.turned import is_turned, upright
 
 _COLUMNS = (
     "parameter",
@@ -100,7 +101,7 @@ def report(
     Args:
       fn: the function, not wrapped in `quantized`.
       params: the float parameters.
-      qparams: what `quantize_params` made of them.
+      qparams: what `quantize_params` made of them; a turned weight has the row of the upright one.
       stats: what `calibrate` gave, for the error of the outputs.
       *args: the other arguments of `fn` (shapes are enough), for how its matmuls are computed; left out, so is that.
       activations: as for `quantized`.
@@ -109,7 +110,7 @@ def report(
       NoMatchError: there is no `QTensor` in `qparams`, or the two trees do not have the same paths.
     """
     floats, codes = (_by_path(tree) for tree in (params, qparams))
-    chosen = {path: q for path, q in codes.items() if is_qtensor(q)}
+    chosen = {path: leaf for path, leaf in codes.items() if _is_in_codes(leaf)}
     if not chosen or floats.keys() != codes.keys():
         raise NoMatchError("report: `qparams` has no QTensor, or other paths than `params`: give a tree and its own.")
     met = {path: ("", "") for path in chosen}
@@ -117,17 +118,22 @@ def report(
         for meeting in explain(fn, qparams, *args, activations=activations).meetings:
             if meeting.path in met and meeting.activations is not None:
                 met[meeting.path] = (meeting.arithmetic, meeting.reason)
-    axes = {path: axes_of(path, q, floats.keys(), (stats or {}).get(path)) for path, q in chosen.items()}
+    axes = {path: axes_of(path, leaf, floats.keys(), (stats or {}).get(path)) for path, leaf in chosen.items()}
     return Report(
         tuple(
-            _row(path, floats[path], q, (stats or {}).get(path), axes[path], *met[path]) for path, q in chosen.items()
+            _row(path, floats[path], upright(leaf), (stats or {}).get(path), axes[path], *met[path])
+            for path, leaf in chosen.items()
         )
     )
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_in_codes)
     return {path_name(path): leaf for path, leaf in leaves}
+
+
+def _is_in_codes(leaf: Any) -> bool:
+    return is_qtensor(leaf) or is_turned(leaf)
 
 
 def _row(path: str, w: Array, q: QTensor, stats: Stats | None, axes: Matrices, arithmetic: str, reason: str) -> Row:

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.errors import OptionError, StatsError
-from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.qtensor import is_qtensor
 from jaxquant.stats import THRESHOLDS, Stats, quantile
 from jaxquant.trace import path_name
+from jaxquant.turned import is_turned
 
 Bound = Callable[[Stats], Float[Array, ""]]
 
@@ -24,22 +26,27 @@ def static(qparams: PyTree, stats: Mapping[str, Stats], bound: Bound | None = No
     the `QTensor` like its scales, so it is stacked, sharded and saved with it.
 
     Args:
-      qparams: a tree with QTensors.
+      qparams: a tree with QTensors, turned or not.
       stats: of their inputs. Where a quantizer transforms the inputs they have to be those after the transform, so
         calibrate the quantized tree: `calibrate(fn, qparams, batches, gram=False)`.
       bound: `largest` (the default), `percentile(99.9)` or `least_error(bits=8)`: from the statistics of one matrix to
         the size at which its inputs saturate.
 
     Raises:
-      StatsError: a `QTensor` has no statistics, or those before its transform.
+      StatsError: a weight in codes has no statistics, or those before its transform.
     """
     find = bound or largest
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_qtensor)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=_is_in_codes)
     named = [(path_name(path), leaf) for path, leaf in leaves]
-    return treedef.unflatten([_bounded(path, q, stats.get(path), find) if is_qtensor(q) else q for path, q in named])
+    return treedef.unflatten([_bounded(path, q, stats.get(path), find) if _is_in_codes(q) else q for path, q in named])
 
 
-def _bounded(path: str, q: QTensor, stats: Stats | None, bound: Bound) -> QTensor:
+def _is_in_codes(leaf: Any) -> bool:
+    return is_qtensor(leaf) or is_turned(leaf)
+
+
+def _bounded(path: str, leaf: Any, stats: Stats | None, bound: Bound) -> Any:
+    q = leaf.stored if is_turned(leaf) else leaf
     if stats is None:
         raise StatsError(f"static: {path} has no statistics: calibrate with it, or it never meets a matmul.")
     if stats.transformed != (bool(q.transform) or q.kept is not None):
@@ -48,9 +55,12 @@ def _bounded(path: str, q: QTensor, stats: Stats | None, bound: Bound) -> QTenso
         )
     for _ in stats.stack:
         bound = jax.vmap(bound)
-    shape = [n if axis in stats.stack else 1 for axis, n in enumerate(q.shape)]
+    shape = [n if axis in stats.stack else 1 for axis, n in enumerate(leaf.shape)]
     order = sorted(range(len(stats.stack)), key=lambda i: stats.stack[i])
-    return dataclasses.replace(q, input_bound=jnp.transpose(bound(stats), order).reshape(shape))
+    found = jnp.transpose(bound(stats), order).reshape(shape)
+    if is_turned(leaf):
+        return dataclasses.replace(leaf, stored=dataclasses.replace(q, input_bound=jnp.swapaxes(found, -1, -2)))
+    return dataclasses.replace(q, input_bound=found)
 
 
 def largest(stats: Stats) -> Float[Array, ""]:

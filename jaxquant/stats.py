@@ -8,10 +8,12 @@ Statistics are a monoid, so calibration is a fold and data-parallel calibration 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -72,7 +74,26 @@ class Stats:
 
 @functools.partial(jax.jit, static_argnames="gram")
 def observe(x: Float[Array, "*stack tokens in"], gram: bool = True) -> Stats:
-    """The statistics of a batch of tokens, in float32 whatever their dtype."""
+    """The statistics of a batch of tokens, in float32 whatever their dtype.
+
+    Of tokens in shards on a mesh of explicit axes they are the sums over all devices, whole on each of them.
+    """
+    return whole(functools.partial(_observe, gram=gram), x)
+
+
+def whole(look: Callable, x: Array, *others: Any) -> Any:
+    """`look(x, *others)`, whole on every device where the array lies in shards on a mesh of explicit axes.
+
+    Such a mesh asks of many a sum and reshape where its result lies; inside, the partitioner is left to itself.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not mesh.explicit_axes:
+        return look(x, *others)
+    there = NamedSharding(mesh, PartitionSpec())
+    return jax.sharding.auto_axes(look, axes=mesh.explicit_axes, out_sharding=there)(x, *others)
+
+
+def _observe(x: Float[Array, "*stack tokens in"], gram: bool) -> Stats:
     x = x.astype(jnp.float32)
     size = jnp.abs(x)
     # One threshold after the other: XLA on CPU would write all 128 comparisons of every input into memory.

@@ -401,6 +401,26 @@ def test_qtensors_are_observed_after_the_transform_of_their_inputs():
     assert same(beside["w"], stats["w"])
 
 
+def test_turned_weights_are_observed_as_the_upright_ones():
+    """Law: the same paths, axes and numbers, of matrices, stacks and transposed weights, and of shapes alone."""
+
+    def fn(p, x):
+        return scan(p["stack"], act(act(x @ p["w"]) @ p["tied"].T)), x @ p["beside"]
+
+    floats = {"stack": STACK, "w": W, "tied": W.T, "beside": W}
+    qparams = jq.quantize_params(floats, where=lambda path, leaf: path != "beside")
+    turned = jq.turned(qparams)
+    assert all(isinstance(turned[path], jq.Turned) for path in ("stack", "w", "tied"))
+    expected = jq.calibrate(fn, qparams, [X, X[:2]])
+    assert same(jq.calibrate(fn, turned, [X, X[:2]]), expected) and set(expected) == set(floats)
+    heard = []
+    jq.calibrate(fn, turned, [X], where=lambda path, leaf: heard.append((path, leaf.shape)) or True)
+    assert dict(heard) == {path: leaf.shape for path, leaf in floats.items()}
+    shapes = jax.eval_shape(lambda: turned)
+    zeros = jq.calibrate(fn, shapes, [jax.ShapeDtypeStruct(X.shape, X.dtype)])
+    assert same(zeros, jax.tree.map(jnp.zeros_like, expected))
+
+
 # The zoo
 
 every_model = pytest.mark.parametrize("name", MODELS)

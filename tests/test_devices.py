@@ -5,13 +5,8 @@ weights, from which `shardings_like` derives those of their codes and scales. In
 number of devices is fixed when JAX starts.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from processes import QUICK, found, started
 
 pytestmark = pytest.mark.devices
 
@@ -151,6 +146,33 @@ facts["counts"] = np.asarray(alone["w"].count).tolist()
 for key, stats in (("data", spread), ("data-and-model", both)):
     facts[f"stats-{key}"] = same(alone, stats)
 
+# The same on a mesh of explicit axes: known from the batch alone, or set around a function that says where sums go.
+def pair(params, x, **out):
+    return jnp.einsum("bi,io->bo", jnp.clip(x @ params["up"], -3, 3), params["down"], **out)
+
+spread = [jax.device_put(n * numbers, on("data", mesh=explicit)) for n in (1, 2)]
+facts["stats-explicit"] = same(alone, jq.calibrate(deep, layers, spread))
+two = {"up": layers["w"][0], "down": layers["w"][1]}
+alone = jq.calibrate(pair, two, [numbers, 2 * numbers])
+with jax.set_mesh(explicit):
+    split = {"up": jax.device_put(two["up"], P(None, "model")), "down": jax.device_put(two["down"], P("model"))}
+    summed = jq.calibrate(lambda p, x: pair(p, x, out_sharding=P("data", None)), split, spread)
+facts["stats-explicit-and-model"] = same(alone, summed)
+facts["stats-explicit-whole"] = all(part.sharding.is_fully_replicated for part in jax.tree.leaves(summed))
+
+# And used there: to write weights that lie on one device or on the mesh, and where each is written on the one before.
+weights = {key: rng.standard_normal((16, 16)).astype(np.float32) for key in two}
+placed = jax.tree.map(jax.device_put, weights, {"up": on(None, "model", mesh=explicit), "down": on(mesh=explicit)})
+weighted = jq.rtn(jq.int4(group=8), jq.least_squares)
+tree = {"up": placed["up"], "down": weights["down"]}
+there, here = (jq.quantize_params(w, weighted, stats=stats) for w, stats in ((tree, summed), (weights, alone)))
+facts["written"] = {k: relative(jq.dequantize(there)[k], jq.dequantize(here)[k]) for k in here}
+there, here = (
+    jq.quantize_sequentially(pair, *given, weighted) for given in ((placed, spread[:1]), (weights, [numbers]))
+)
+facts["in-turn"] = max(relative(jq.dequantize(there)[k], jq.dequantize(here)[k]) for k in here)
+facts["in-turn-lies"] = lies_like(there["up"], placed["up"].sharding)
+
 # A step of training on a mesh: the gradients and the update of one device, parameters and states split.
 def train(params, state, x, key):
     fn = jq.qat(mlp, jq.int4(group=16)) if key is None else jq.qat(mlp, jq.int8, gradients=jq.int8, key=key)
@@ -179,16 +201,7 @@ FORMATS = ["channel", "group", "affine", "fp8", "nf4"]
 @pytest.fixture(scope="module")
 def facts():
     """What the program with eight devices found."""
-    root = Path(__file__).parent.parent
-    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {
-        "PYTHONPATH": paths,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    facts = json.loads(done.stdout.splitlines()[-1])
+    (facts,) = found(started(PROGRAM, XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK}"))
     assert facts["devices"] == 8
     return facts
 
@@ -246,11 +259,21 @@ def test_a_column_parallel_layer_on_a_mesh_of_explicit_axes(facts):
     assert facts["explicit"] < 1e-6
 
 
-@pytest.mark.parametrize("split", ["data", "data-and-model"])
+@pytest.mark.parametrize("split", ["data", "data-and-model", "explicit", "explicit-and-model"])
 def test_data_parallel_calibration(split, facts):
     """Law: the statistics of a batch spread over devices are those of one device, bit for bit where sums are exact."""
     assert facts["counts"] == [128.0] * 3
     assert facts[f"stats-{split}"]
+
+
+def test_statistics_of_a_mesh_of_explicit_axes_serve_quantizers(facts):
+    """Law: they are whole on every device, and an algorithm writes from them what it writes on one."""
+    assert facts["stats-explicit-whole"] and max(facts["written"].values()) < 1e-6
+
+
+def test_weights_are_written_one_after_the_other_on_a_mesh_of_explicit_axes(facts):
+    """Law: as on one device, each where it lies."""
+    assert facts["in-turn"] < 1e-6 and facts["in-turn-lies"]
 
 
 @pytest.mark.parametrize("backward", ["float", "int8"])

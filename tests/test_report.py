@@ -83,6 +83,19 @@ def test_every_kind_of_parameter_has_a_row(name):
     assert all(row.of_nearest <= 1 + 1e-6 and row.output_sqnr > 5 for row in report.rows)
 
 
+@pytest.mark.parametrize("name", ["plain_scan", "plain_moe"])
+def test_a_turned_weight_has_the_row_of_the_upright_one(name):
+    """Law: shape, format, bytes, errors, arithmetic and notes do not tell how a weight is stored."""
+    model = MODELS[name]()
+    stats = jq.calibrate(model.fn, model.params, [model.args])
+    qparams = jq.quantize_params(model.params, jq.int8, stats=stats)
+    turned = jq.turned(qparams)
+    assert any(isinstance(leaf, jq.Turned) for leaf in jax.tree.leaves(turned, is_leaf=lambda leaf: leaf is not turned))
+    for given in ((stats, *model.args), (None,)):
+        found, expected = (jq.report(model.fn, model.params, tree, *given).rows for tree in (turned, qparams))
+        assert found == expected
+
+
 def test_trees_that_do_not_belong_together_are_an_error():
     with pytest.raises(NoMatchError, match="no QTensor"):
         jq.report(fn, PARAMS, PARAMS)

@@ -8,7 +8,7 @@ from models import MODELS, WIDTH, normal, weight
 from tables import same
 
 import jaxquant as jq
-from jaxquant.errors import CalibrationError, NoMatchError, UnseenError
+from jaxquant.errors import CalibrationError, NoMatchError, NotQuantizableError, UnseenError
 
 G8 = jq.int4(group=8)
 # What needs all of a weight's inputs at once: a gather of experts and a loop over time do not give them.
@@ -85,6 +85,20 @@ def test_a_stack_indexed_by_hand_is_quantized_element_by_element():
     a, b = (jq.quantize_sequentially(f, stack, [XS[0]], quantizer)["w"] for f in (unrolled, scanned))
     assert a.shape == b.shape == (3, WIDTH, WIDTH)
     np.testing.assert_allclose(jq.dequantize(a), jq.dequantize(b), atol=0.02)
+
+
+def test_what_is_in_codes_already_is_used_decoded_and_stays():
+    """Law: the others are those beside the decoded weight, whether it is turned or not; to choose it is an error."""
+    first, rest = jq.quantize_params({"layer0": PARAMS["layer0"]}), {k: v for k, v in PARAMS.items() if k != "layer0"}
+    where = lambda path, leaf: path != "layer0"  # noqa: E731
+    expected = jq.quantize_sequentially(chain, jq.dequantize(first) | rest, XS, jq.gptq(G8), where=where)
+    for tree in (first, jq.turned(first)):
+        found = jq.quantize_sequentially(chain, tree | rest, XS, jq.gptq(G8), where=where)
+        assert type(found["layer0"]) is type(tree["layer0"])
+        assert same(*(jax.tree.leaves(one["layer0"]) for one in (found, tree)))
+        assert all(same(found[path], expected[path]) for path in rest)
+        with pytest.raises(NotQuantizableError, match=r"^layer0 is a QTensor"):
+            jq.quantize_sequentially(chain, tree | rest, XS, G8)
 
 
 def test_bad_batches_and_choices_are_errors():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import MODELS, normal, weight
+from tables import same
 
 import jaxquant as jq
 from jaxquant.errors import OptionError, StatsError
@@ -96,6 +97,25 @@ def test_statistics_have_to_be_those_behind_the_transform():
     np.testing.assert_allclose(after["w"].absmax, before["w"].absmax * factor, rtol=1e-6)
     exact, out = fn(jq.dequantize(smooth), X), jq.quantized(fn)(jq.static(smooth, after), X)
     assert float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)) < 0.02
+
+
+@pytest.mark.parametrize("bound", [jq.largest, jq.percentile(99)], ids=["largest", "percentile"])
+def test_a_turned_weight_has_the_bound_of_the_upright_one(bound):
+    """Law: `static` and `turned` commute, of matrices and of stacks of them, and serve the same numbers."""
+    params = {"deep": weight(3, K, K), "last": weight(K, N)}
+
+    def run(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["deep"])[0] @ params["last"]
+
+    qparams = jq.quantize_params(params)
+    stats = jq.calibrate(run, qparams, [X], gram=False)
+    before, after = jq.static(jq.turned(qparams), stats, bound), jq.turned(jq.static(qparams, stats, bound))
+    assert isinstance(before["deep"], jq.Turned) and same(before, after)
+    assert before["deep"].upright.input_bound.shape == (3, 1, 1)
+    found, expected = (jq.quantized(run)(tree, X) for tree in (before, jq.static(qparams, stats, bound)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(StatsError, match=r"^static: deep has no statistics"):
+        jq.static(jq.turned(qparams), {"last": stats["last"]})
 
 
 def test_bad_options_and_missing_statistics_are_errors():

@@ -15,6 +15,7 @@ from jaxquant.stats import Stats, observe
 from jaxquant.transforms.meetings import watch
 from jaxquant.transforms.observe import Look, Seen, spread_taken
 from jaxquant.transforms.watch import Observations, Sight, observed
+from jaxquant.turned import is_turned, upright
 
 
 def calibrate(
@@ -37,7 +38,8 @@ def calibrate(
 
     Args:
       fn: the function to be quantized, not yet wrapped in `quantized`.
-      params: its first argument. QTensors in it are observed after the transforms of their inputs.
+      params: its first argument. QTensors in it are observed after the transforms of their inputs. A turned
+        weight has the statistics of the upright one, of which a copy is made for the time of the call.
       batches: what `fn` takes besides: a tuple is several positional arguments, anything else is one. With
         `jax.ShapeDtypeStruct`s nothing is computed: the statistics are zeros that know the axes of each weight.
       gram: whether to gather Gram matrices, which `gptq`, `awq` and importance-weighted ranges need.
@@ -54,7 +56,8 @@ def calibrate(
       UnseenError: a weight is used in a way that hides which of its axes are contracted.
       NoMatchError: `where` chose nothing.
     """
-    watched, look = watch(params, where), functools.partial(observe, gram=gram)
+    watched = watch(jax.tree.map(_upright, params, is_leaf=is_turned), where)
+    look = functools.partial(observe, gram=gram)
     steps: dict[Hashable, Callable] = {}
     totals: dict[tuple[Sight, ...], list[Seen]] = {}  # batches may take different ways through the function
     count = 0
@@ -73,6 +76,11 @@ def calibrate(
     if not count:
         raise CalibrationError("there was no batch: give an iterable of the inputs that the function takes.")
     return _by_path(totals)
+
+
+def _upright(leaf: Any) -> Any:
+    # Of shapes there are only shapes: nothing is computed on them, and nothing could be.
+    return jax.eval_shape(upright, leaf) if any(map(_is_shape, jax.tree.leaves(leaf))) else upright(leaf)
 
 
 def _arriving(batches: Iterable) -> Iterable:

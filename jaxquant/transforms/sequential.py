@@ -13,16 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxquant import trace
-from jaxquant.errors import CalibrationError, UnseenError
+from jaxquant.errors import CalibrationError, NotQuantizableError, ShapeError, UnseenError
 from jaxquant.format import Format
 from jaxquant.matrices import Matrices, write
 from jaxquant.params import is_matrix
-from jaxquant.qtensor import QTensor, decode
+from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.quantizers import Quantizer, as_quantizer
-from jaxquant.stats import observe
+from jaxquant.sharding import on_shards
+from jaxquant.stats import Stats, observe
 from jaxquant.trace import Equation, Param, Plain, Recorded, views
 from jaxquant.transforms.meetings import Meet, Tokens, rules, watch
 from jaxquant.transforms.observe import Arrangement, Seen, arrange, spread_taken
+from jaxquant.turned import is_turned, upright
 
 
 def quantize_sequentially(
@@ -44,7 +46,8 @@ def quantize_sequentially(
 
     Args:
       fn, params, batches, where, gram: as for `calibrate`; the batches are of one shape, and several are
-        stacked and mapped over by `vmap`.
+        stacked and mapped over by `vmap`. What is in codes already, turned or not, has to be left out with `where`;
+        it is used decoded, and stays as it is.
       quantizer: as for `quantize_params`.
       tell: hears the path of each weight that is about to be quantized.
 
@@ -53,6 +56,8 @@ def quantize_sequentially(
 
     Raises:
       CalibrationError: there was no batch, or their shapes differ.
+      NotQuantizableError: a chosen leaf is in codes already.
+      ShapeError: a shard of a chosen leaf would cut through a group.
       UnseenError: a chosen weight never meets a matmul, or does so in several turns of a loop or in a branch, where
         not all of its inputs are there at once: use `calibrate` for those.
     """
@@ -60,7 +65,7 @@ def quantize_sequentially(
     rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     args = _stacked(rows)
     mapped = fn if len(rows) == 1 else jax.vmap(fn, in_axes=(None,) + (0,) * len(args))
-    watched = watch(params, where)
+    watched = watch(jax.tree.map(upright, params, is_leaf=is_turned), functools.partial(_chooses, where))
 
     def whole(params: PyTree, *args: Any) -> tuple:
         mapped(params, *args)
@@ -69,7 +74,15 @@ def quantize_sequentially(
     do = rules(_quantizing(quantizer, functools.partial(observe, gram=gram), tell))
     staged = trace.stage(whole, do, (watched, *args), {})
     _, records = trace.record(staged.jaxpr, staged.inputs, do)
-    return _replaced(watched, records)
+    done = _replaced(watched, records)
+    return jax.tree.map(lambda old, new: old if is_turned(old) else new, params, done, is_leaf=is_turned)
+
+
+def _chooses(where: Callable[[str, Array], bool], path: str, leaf: Any) -> bool:
+    chosen = bool(where(path, leaf))
+    if chosen and is_qtensor(leaf):
+        raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
+    return chosen
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["q"], meta_fields=["axes", "loops"])
@@ -123,6 +136,8 @@ def _quantizing(quantizer: Quantizer, look: Callable, tell: Callable[[str], None
         return latest[way][1]
 
     def meet(param: Param, tokens: Tokens, inputs: Sequence, at: Equation, view: Callable) -> Recorded:
+        if is_qtensor(param.value):  # what was in codes before is used as it is
+            return Recorded({})
         origin = param.origin
         to = arrange(param, tokens.batch, tokens.contracted, tokens.rest)
         assert origin is not None
@@ -136,12 +151,19 @@ def _quantizing(quantizer: Quantizer, look: Callable, tell: Callable[[str], None
             stats = seen(param, tokens, inputs, to, at, view).stats
             stack, contracted = ([left.index(axis) for axis in axes] for axes in (stats.stack, stats.inputs))
             axes = Matrices.of(len(left), stack, contracted)
-            done[here] = write(w, stats, quantizer=quantizer, axes=axes)
+            done[here] = _written(param.path, w, stats, quantizer, axes)
         shown = origin.show(decode(done[here])).astype(param.value.dtype)
         written = Written(done[here], tuple(left), origin.looped)
         return Recorded({(param.path, origin.taken): written}, [shown if x is param else x for x in inputs])
 
     return meet
+
+
+def _written(path: str, w: Array, stats: Stats, quantizer: Quantizer, axes: Matrices) -> QTensor:
+    try:
+        return on_shards(functools.partial(write, quantizer=quantizer, axes=axes), w, stats)(w)
+    except ShapeError as error:
+        raise ShapeError(f"{path}: {error}") from None
 
 
 def _replaced(watched: PyTree, records: Mapping[Any, Written]) -> PyTree:
