@@ -67,9 +67,13 @@ def written(path, tensors=(), values=()):
 
 
 def assert_decodes_to(tensor, reference, kind):
-    """Bit for bit; an affine one to the rounding of its float zero point, of `codes - zero`, and of the products."""
+    """Bit for bit; an affine one to the rounding of its float zero point, of `codes - zero`, and of the products.
+
+    A number below the normal ones is 0 with its sign, which is what JAX makes of it on a CPU.
+    """
     found = np.asarray(jq.dequantize(tensor))
     if kind not in AFFINE:
+        reference = np.where(np.abs(reference) < np.finfo(np.float32).tiny, np.copysign(0, reference), reference)
         np.testing.assert_array_equal(found.view(np.int32), reference.view(np.int32))
         return
     offset = np.abs(np.asarray(tensor.zero, np.float64) * np.asarray(tensor.scale))
@@ -96,6 +100,37 @@ def test_a_group_without_a_scale_is_its_offset(tmp_path, kind):
     blocks[0, start : start + 2] = 0  # d of the first block
     file = load_gguf(written(tmp_path / "a.gguf", [("w", blocks, TYPES[kind])]))
     assert_decodes_to(file.tensors["w"], dequantize(blocks, TYPES[kind]), kind)
+
+
+@pytest.mark.parametrize("kind", ("IQ4_NL", "MXFP4"))
+def test_a_codebook_is_held_whole(tmp_path, kind):
+    """Every number of a block under every scale that it can have, and each number is a code of its own."""
+    block = np.arange(16, dtype=np.uint8) | np.arange(16, dtype=np.uint8)[::-1] << 4
+    scales = np.float16(np.random.default_rng(0).standard_normal(250)) * np.float16(2.0) ** np.arange(-24, 1)[:, None]
+    scales = np.concatenate([scales.reshape(-1).astype(np.float16), np.float16([0.0, -0.0, 65504, -65504])])
+    scales = np.arange(252, dtype=np.uint8)[:, None] if kind == "MXFP4" else scales[:, None].view(np.uint8)
+    blocks = np.concatenate([scales, np.repeat(block[None], len(scales), axis=0)], axis=1).reshape(len(scales) // 2, -1)
+    tensor = load_gguf(written(tmp_path / "a.gguf", [("w", blocks, TYPES[kind])])).tensors["w"]
+    assert tensor.description == "codebook4 g32" and tensor.codes.dtype == jnp.int4
+    assert tensor.nbytes == len(scales) * (16 + 4) and tensor.levels == tuple(sorted(tensor.levels))
+    assert set(np.asarray(tensor.codes[0], np.int8).tolist()) == set(range(-8, 8))
+    assert_decodes_to(tensor, dequantize(blocks, TYPES[kind]), kind)
+    jq.save(tmp_path / "a.safetensors", {"w": tensor})
+    assert_decodes_to(jq.load(tmp_path / "a.safetensors")["w"], dequantize(blocks, TYPES[kind]), kind)
+
+
+@pytest.mark.parametrize("kind", ("IQ4_NL", "MXFP4"))
+def test_a_codebook_is_multiplied_as_it_decodes(tmp_path, kind):
+    blocks = random_blocks(kind, 64)
+    exponents = np.random.default_rng(1).integers(118, 128, len(blocks), dtype=np.uint8)
+    scale = exponents[:, None] if kind == "MXFP4" else np.float16(0.01 * exponents - 1)[:, None].view(np.uint8)
+    blocks[:, : scale.shape[1]] = scale
+    path = written(tmp_path / "a.gguf", [("w", blocks.reshape(16, -1), TYPES[kind])])
+    q, x = load_gguf(path).tensors["w"], jax.random.normal(jax.random.key(0), (3, 128))
+    expected = x @ jq.dequantize(q).T
+    np.testing.assert_allclose(
+        jq.quantized(lambda w, x: x @ w.T, activations=None)(q, x), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -392,7 +427,7 @@ def test_the_file_these_are_broken_from_is_whole(tmp_path):
 
 
 def small(path):
-    blocks = [(kind, random_blocks(kind, 1), TYPES[kind]) for kind in ("Q4_1", "Q6_K", "IQ4_NL")]
+    blocks = [(kind, random_blocks(kind, 1), TYPES[kind]) for kind in ("Q4_1", "Q6_K", "IQ4_NL", "IQ4_XS")]
     return written(path, [*blocks, ("norm", np.arange(8, dtype=np.float32), None)], VALUES[:6]).read_bytes()
 
 
@@ -423,7 +458,7 @@ def test_a_tensor_of_an_unknown_type_is_listed_and_the_others_are_read(tmp_path)
 
 
 @pytest.mark.parametrize("bits", [0x7C00, 0x7E00], ids=["inf", "nan"])
-@pytest.mark.parametrize("kind", [*BLOCKS, "IQ4_NL"])
+@pytest.mark.parametrize("kind", [*sorted(set(BLOCKS) - {"MXFP4"}), "IQ4_XS"])
 def test_a_scale_that_is_no_number_names_the_tensor_and_the_block(tmp_path, kind, bits):
     blocks = random_blocks(kind, 4)
     at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
@@ -433,10 +468,20 @@ def test_a_scale_that_is_no_number_names_the_tensor_and_the_block(tmp_path, kind
         load_gguf(path).tensors["w"]
 
 
+@pytest.mark.parametrize(("exponent", "number"), [(255, 0), (254, 1), (253, 6)])
+def test_a_number_beyond_float32_names_the_tensor_and_the_block(tmp_path, exponent, number):
+    """An e8m0 of 255 is NaN, one of 254 would leave no room in the scale, and 4 * 2^126 is beyond float32."""
+    blocks = np.full((4, 17), 120, np.uint8)
+    blocks[2] = [exponent, *[number] * 16]
+    path = written(tmp_path / "a.gguf", [("w", blocks, TYPES.MXFP4)])
+    with pytest.raises(FileError, match=r"a\.gguf: tensor 'w', MXFP4: block 2 has inf"):
+        load_gguf(path).tensors["w"]
+
+
 def test_a_damaged_file_is_an_error_or_is_read(tmp_path):
     """Whatever is damaged, a tensor has the shape that is announced, or the error is ours."""
     data, path = small(tmp_path / "whole.gguf"), tmp_path / "a.gguf"
-    header, tensors = data[:-400], data[-400:]
+    header, tensors = data[:-560], data[-560:]
     near = itertools.chain((m + tensors for m in mutations(0, header, 5500)), mutations(1, data, 500))
     refused, read = 0, 0
     with path.open("wb", buffering=0) as file:

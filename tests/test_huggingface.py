@@ -7,13 +7,16 @@ the config beside it, and the weight that the package decodes.
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import weakref
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +25,7 @@ from jaxquant import inputs
 from jaxquant.errors import FileError
 from jaxquant.files.container import open_container, write_container
 from jaxquant.files.huggingface.compressed_tensors import save_compressed_tensors
+from jaxquant.files.huggingface.folder import write_folder
 from jaxquant.files.huggingface.gptq import save_gptq
 from jaxquant.files.huggingface.load import load_safetensors
 from jaxquant.files.huggingface.words import from_words, plus_one, to_words
@@ -305,6 +309,91 @@ def test_a_checkpoint_is_not_mixed_with_another(tmp_path):
     with pytest.raises(FileError, match=r"already: write to a new folder"):
         save_gptq(tmp_path, {"x": {"weight": quantized()}})
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("shard_bytes", [0, 1500, 2500, 10**9])
+@pytest.mark.parametrize("format, save", WRITTEN[:4])
+def test_what_is_written_in_shards_is_read_back(tmp_path, format, save, shard_bytes):
+    """Law: the same tensors, bit for bit, in files of that size or of one weight, which the index names."""
+    q = tree(format)
+    save(tmp_path / "one", q, {"vocab_size": 9})
+    save(tmp_path / "many", q, {"vocab_size": 9}, shard_bytes=shard_bytes)
+    one = open_container(tmp_path / "one" / "model.safetensors")
+    assert same(load_safetensors(tmp_path / "many"), q)
+    assert (tmp_path / "many" / "config.json").read_bytes() == (tmp_path / "one" / "config.json").read_bytes()
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    if shard_bytes == 10**9:
+        assert files == ["model.safetensors"] and len(list((tmp_path / "many").iterdir())) == 2
+        return
+    assert len(files) > 1 and len(list((tmp_path / "many").iterdir())) == len(files) + 2
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(one.read(name).nbytes for name in one.names)
+    shards = {file: open_container(tmp_path / "many" / file) for file in files}
+    assert {name: file for file in files for name in shards[file].names} == index["weight_map"]
+    assert same(
+        {n: shards[file].read(n) for n, file in index["weight_map"].items()}, {n: one.read(n) for n in one.names}
+    )
+    for shard in shards.values():
+        stems = {name.rpartition(".")[0] for name in shard.names}
+        assert len(stems) == 1 or sum(shard.read(name).nbytes for name in shard.names) <= shard_bytes
+
+
+@pytest.mark.parametrize("format", [jq.int4(group=32), jq.int4(group=32, symmetric=False)])
+def test_transformers_layout_of_shards_is_what_safetensors_reads(tmp_path, format):
+    """The package itself reads each file, and finds in it what the index says."""
+    save_gptq(tmp_path, tree(format), shard_bytes=1500)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in set(index.values()):
+        with safetensors.safe_open(tmp_path / file, framework="numpy") as found:
+            assert set(found.keys()) == {name for name, place in index.items() if place == file}
+            assert found.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("save", BOTH)
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_a_disk_that_is_full_leaves_no_checkpoint(tmp_path, monkeypatch, save, after):
+    """Law: until the last file has its name there is none, and what was written is gone."""
+    calls = []
+
+    def fails(source, target):
+        calls.append(target)
+        if len(calls) > after:
+            raise OSError("no space left")
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no space left"):
+        save(tmp_path, tree(jq.int8), shard_bytes=1500)
+    monkeypatch.undo()
+    assert [path for path in tmp_path.iterdir() if path.name != "config.json"] == []
+    save(tmp_path, tree(jq.int8), shard_bytes=1500)
+    assert same(load_safetensors(tmp_path), tree(jq.int8))
+
+
+def test_one_shard_is_in_memory_at_a_time(tmp_path):
+    """Law: when a weight of a shard is made, those of the shards before are gone."""
+    made: list[weakref.ref] = []
+
+    def leaves():
+        for i in range(12):
+            assert sum(earlier() is not None for earlier in made) <= 3
+            array = np.full(250, i, np.float32)
+            made.append(weakref.ref(array))
+            yield {f"{i}.weight": array}
+            del array
+
+    write_folder(tmp_path, leaves(), {}, 3000)
+    assert [path.name for path in sorted(tmp_path.glob("*.safetensors"))][-1] == "model-00004-of-00004.safetensors"
+    assert np.all(load_safetensors(tmp_path)["11"]["weight"] == 11)
+
+
+def test_a_name_in_two_shards_is_refused(tmp_path):
+    codes = quantized(jq.int4)
+    with pytest.raises(FileError, match=r"'x\.weight_scale' would be there twice"):
+        save_compressed_tensors(tmp_path, {"x": {"weight": codes, "weight_scale": jnp.ones(3)}}, shard_bytes=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Strangers.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxquant import table
 from jaxquant.cli.llama import logits, read
 from jaxquant.cli.tokenizer import tokenizer_of
-from jaxquant.errors import OptionError
+from jaxquant.errors import FileError, OptionError
 from jaxquant.evaluate import divergence
 from jaxquant.files import load_gguf
 from jaxquant.format import Format
@@ -31,8 +31,12 @@ def evaluate(path: Path, text: Path | None, windows: int, format: Format) -> Non
     """
     file = load_gguf(path)
     shape, weights = read(file)
-    words = text.read_text() if text else "\n".join(pydoc_data.topics.topics.values())
-    batches = _windows(tokenizer_of(file.metadata).encode(words).ids, windows)
+    words = _text(text) if text else "\n".join(pydoc_data.topics.topics.values())
+    tokens, rows = tokenizer_of(file.metadata, str(path)).encode(words).ids, file.entries["token_embd.weight"].shape[0]
+    if max(tokens, default=0) >= rows:
+        what = f"its tokenizer gives token {max(tokens)}, and 'token_embd.weight' has {rows} rows"
+        raise FileError(f"{path}: {what}. Convert the model anew.")
+    batches = _windows(tokens, windows)
     floats = dequantize(weights)
     codes = quantize_params(floats, format, where=lambda _, w: w.ndim == 2)
     forward = jax.jit(functools.partial(logits, shape))
@@ -46,6 +50,13 @@ def evaluate(path: Path, text: Path | None, windows: int, format: Format) -> Non
     ]
     print("\n".join(table.lines(("weights", "perplexity", "KL"), rows)))
     print(f"on {windows} x {_WINDOW} tokens; activations in float")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: it is not UTF-8: {error}. Give a text as --text.") from error
 
 
 def _windows(tokens: list[int], windows: int) -> np.ndarray:

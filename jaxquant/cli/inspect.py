@@ -1,21 +1,20 @@
 """`jaxquant inspect`: what is in a checkpoint, whoever wrote it."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float64, Shaped
 
 from jaxquant import table
-from jaxquant.files import load, load_gguf, load_safetensors
-from jaxquant.files.container import open_container
-from jaxquant.params import is_bundle
+from jaxquant.cli.leaves import leaves_of
 from jaxquant.qtensor import QTensor, true_bytes
-from jaxquant.trace import path_name
 from jaxquant.turned import is_turned
 
+_PART = 2**20  # values of a histogram at a time
 _BARS = " ▁▂▃▄▅▆▇█"
 _COLUMNS = ("tensor", "shape", "format", "bytes", "values")
 
@@ -27,28 +26,16 @@ def inspect(path: Path) -> str:
       FileError: it is none, or damaged.
       OSError: it cannot be read.
     """
-    rows, total = [], 0
-    for name, leaf in _leaves(path):
-        size = sum(true_bytes(part) for part in jax.tree.leaves(leaf) if hasattr(part, "dtype"))
-        total += size
-        rows.append((name, " x ".join(map(str, leaf.shape)), _format(leaf), f"{size:,}", _histogram(leaf)))
-    return "\n".join([*table.lines(_COLUMNS, rows), f"{len(rows)} tensors, {total:,} bytes in memory"])
+    rows, sizes = [], []
+    for row, size in itertools.starmap(_row, leaves_of(path)):  # no name here for a leaf, which would keep it
+        rows.append(row)
+        sizes.append(size)
+    return "\n".join([*table.lines(_COLUMNS, rows), f"{len(rows)} tensors, {sum(sizes):,} bytes in memory"])
 
 
-def _leaves(path: Path) -> Iterator[tuple[str, Any]]:
-    """The arrays and bundles of a checkpoint by name; those of llama.cpp are read one by one."""
-    if path.is_file() and _begins_with(path, b"GGUF"):
-        yield from load_gguf(path).tensors.items()
-        return
-    ours = path.is_file() and path.suffix != ".json" and "jaxquant" in open_container(path).metadata
-    tree = load(path) if ours else load_safetensors(path)
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_bundle)[0]
-    yield from ((path_name(keys), leaf) for keys, leaf in leaves if hasattr(leaf, "shape"))
-
-
-def _begins_with(path: Path, word: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(word)) == word
+def _row(name: str, leaf: Any) -> tuple[tuple[str, ...], int]:
+    size = sum(true_bytes(part) for part in jax.tree.leaves(leaf) if hasattr(part, "dtype"))
+    return (name, " x ".join(map(str, leaf.shape)), _format(leaf), f"{size:,}", _histogram(leaf)), size
 
 
 def _format(leaf: Any) -> str:
@@ -63,13 +50,28 @@ def _histogram(leaf: Any) -> str:
     values = getattr(stored, "codes", stored)
     if not isinstance(values, jax.Array | np.ndarray) or jax.numpy.issubdtype(values.dtype, jax.dtypes.prng_key):
         return ""
-    return _bars(np.asarray(values).astype(np.float32).reshape(-1))
+    return _bars(np.asarray(values).reshape(-1))
 
 
 def _bars(values: Shaped[np.ndarray, " n"]) -> str:
-    finite = values[np.isfinite(values)]
-    if finite.size == 0 or finite.min() == finite.max():
-        return "all alike" if finite.size else "none"
-    counts, edges = np.histogram(finite, bins=16)
+    ends = [(part.size, part.min(), part.max()) for part in _finite_parts(values) if part.size]
+    if not ends:
+        return "none"
+    sizes, least, most = zip(*ends, strict=True)
+    low, high = min(least), max(most)
+    if low == high:
+        return "all alike"
+    parts = [np.histogram(part, bins=16, range=(low, high))[0] for part in _finite_parts(values)]
+    counts = np.sum(parts, axis=0)
     bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // counts.max())] for count in counts)
-    return f"{edges[0]:.3g} {bars} {edges[-1]:.3g}" + ("" if finite.size == values.size else ", and not finite ones")
+    return f"{low:.3g} {bars} {high:.3g}" + ("" if sum(sizes) == values.size else ", and not finite ones")
+
+
+def _finite_parts(values: Shaped[np.ndarray, " n"]) -> Iterator[Float64[np.ndarray, " m"]]:
+    """The values that are finite, a part at a time: as floats they may take many times the memory of codes.
+
+    In 64 bits, where there are bins between any two numbers of 32 bits.
+    """
+    for start in range(0, values.size, _PART):
+        part = values[start : start + _PART].astype(np.float32)
+        yield part[np.isfinite(part)].astype(np.float64)

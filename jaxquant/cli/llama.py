@@ -39,45 +39,85 @@ class Shape:
     epsilon: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """The numbers that a GGUF file says of its Llama."""
+
+    file: Gguf
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A number, or the default where there is none."""
+        value = self.file.metadata.get(f"llama.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, f"{value!r:.60}, not a number")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A number of things, of which there is at least one."""
+        value = self.number(key, default)
+        if type(value) is not int or value < 1:
+            raise self.error(key, f"{value!r}, not a positive whole number")
+        return value
+
+    def error(self, key: str, what: str) -> FileError:
+        """An error that names one of the fields."""
+        return _error(self.file, f"its field 'llama.{key}' is {what}. Convert the model anew.")
+
+
+def _error(file: Gguf, what: str) -> FileError:
+    return FileError(f"{file.tensors.path}: {what}")
+
+
 def read(file: Gguf) -> tuple[Shape, dict[str, Any]]:
     """The shape and the weights of the Llama that a GGUF file holds, in the codes they have there.
 
     Raises:
-      FileError: it holds another model, or not all of one.
+      FileError: it holds another model, or not all of one; it names the file.
     """
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
-        raise FileError(f"its model is of the architecture {architecture!r}; only 'llama' can be evaluated.")
-
-    def number(key: str, default: float | None = None) -> Any:
-        value = file.metadata.get(f"llama.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise FileError(f"its field 'llama.{key}' is {value!r}, not a number.")
-        return value
-
-    def count(key: str, default: int | None = None) -> int:
-        value = number(key, default)
-        if type(value) is not int or value < 1:
-            raise FileError(f"its field 'llama.{key}' is {value!r}, not a positive whole number.")
-        return value
-
-    heads, layers = count("attention.head_count"), count("block_count")
+        what = f"its model is of the architecture {architecture!r:.60}; only 'llama' can be evaluated."
+        raise _error(file, f"{what} Choose the file of a Llama.")
+    fields = _Fields(file)
+    heads, layers = fields.count("attention.head_count"), fields.count("block_count")
     if layers > len(file.entries):  # before the names of all their tensors are listed
-        raise FileError(f"its field 'llama.block_count' is {layers}, and it has {len(file.entries)} tensors.")
-    shape = Shape(
-        layers,
-        heads,
-        count("attention.head_count_kv", heads),
-        number("rope.freq_base", 1e4),
-        number("attention.layer_norm_rms_epsilon"),
-    )
+        raise fields.error("block_count", f"{layers}, and it has {len(file.entries)} tensors")
+    kv_heads = fields.count("attention.head_count_kv", heads)
+    base, epsilon = fields.number("rope.freq_base", 1e4), fields.number("attention.layer_norm_rms_epsilon")
+    shape = Shape(layers, heads, kv_heads, base, epsilon)
+    _check_names(file, shape)
+    _check_shapes(file, shape)
+    return shape, {name: _float32(file.tensors[name]) for name in file.entries}
+
+
+def _check_names(file: Gguf, shape: Shape) -> None:
     blocks = [f"blk.{layer}.{part}.weight" for layer in range(shape.layers) for part in _BLOCK]
     needed = {"token_embd.weight", "output_norm.weight", *blocks}
-    allowed = {*needed, "output.weight", _FACTORS}
-    wrong = sorted((needed - set(file.entries)) | (set(file.entries) - allowed))
+    wrong = sorted((needed - set(file.entries)) | (set(file.entries) - {*needed, "output.weight", _FACTORS}))
     if wrong:
-        raise FileError(f"it lacks, or has beyond what a dense Llama without biases has, {', '.join(wrong[:8])}.")
-    return shape, {name: _float32(file.tensors[name]) for name in file.entries}
+        what = f"it lacks, or has beyond what a dense Llama without biases has, {', '.join(wrong)[:400]}."
+        raise _error(file, f"{what} Choose the file of such a Llama.")
+
+
+def _check_shapes(file: Gguf, shape: Shape) -> None:
+    """Raises if a tensor has not the shape that the fields, the embedding and the first block ask of it."""
+    embedding, queries, hidden = (
+        file.entries[name].shape for name in ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_gate.weight")
+    )
+    vocabulary, width, head = embedding[0], embedding[-1], queries[0] // shape.heads
+    if queries[0] % (2 * shape.heads) or shape.heads % shape.kv_heads:
+        what = f"{queries[0]} queries do not make {shape.heads} heads of an even width, in {shape.kv_heads} groups."
+        raise _error(file, f"its {what} Convert the model anew.")
+    q, kv = shape.heads * head, shape.kv_heads * head
+    inner = {"attn_q": (q, width), "attn_k": (kv, width), "attn_v": (kv, width), "attn_output": (width, q)}
+    inner |= {"ffn_gate": (hidden[0], width), "ffn_up": (hidden[0], width), "ffn_down": (width, hidden[0])}
+    outer = {"token_embd.weight": (vocabulary, width), "output.weight": (vocabulary, width), _FACTORS: (head // 2,)}
+    for name, entry in file.entries.items():
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        asked = outer[name] if name in outer else inner.get(part, (width,))
+        if entry.shape != asked:
+            what = f"tensor {name!r} has the shape {entry.shape}, and the others ask for {asked}."
+            raise _error(file, f"{what} Convert the model anew.")
 
 
 def _float32(tensor: Any) -> Any:

@@ -9,6 +9,7 @@ Source: https://github.com/huggingface/safetensors#format
 import contextlib
 import dataclasses
 import json
+import mmap
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
 
 from jaxquant.errors import FileError
 from jaxquant.optional import optional
@@ -63,13 +64,13 @@ class Container:
       path: of the file.
       tensors: by name.
       metadata: the texts beside them.
-      data: all its bytes, mapped into memory: those of this file even after another has taken its place.
+      mapped: all its bytes, mapped into memory: those of this file even after another has taken its place.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    data: UInt8[np.ndarray, " bytes"] = dataclasses.field(repr=False)
+    mapped: mmap.mmap = dataclasses.field(repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +89,12 @@ class Container:
         if tensor.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise FileError(f"{self.path}: tensor {name!r} is of type {tensor.dtype}, which is not one of {known}.")
-        return self.data[tensor.start : tensor.stop].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        bytes_ = np.frombuffer(self.mapped, np.uint8)[tensor.start : tensor.stop]
+        return bytes_.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def release(self) -> None:
+        """Lets the pages that were read leave memory; those that are read again come from the disk again."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_container(path: str | os.PathLike) -> Container:
@@ -108,12 +114,12 @@ def open_container(path: str | os.PathLike) -> Container:
                 f"most {_LONGEST_HEADER}. It is cut short, or no safetensors file."
             )
         text = file.read(length)
-        data = np.asarray(np.memmap(file, np.uint8, "r"))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     header = _parsed(path, text)
     _validate(path)
     metadata = header.pop("__metadata__", None) or {}
     tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
-    return Container(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata, data)
+    return Container(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata, mapped)
 
 
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:
@@ -194,15 +200,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         mode = temporary.stat().st_mode  # what the user's mask grants; the package's own files nobody else can read
         yield temporary
         temporary.chmod(mode)
-        _settle(temporary)
+        settle(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _settle(path.parent)
+    settle(path.parent)
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -8,7 +8,7 @@ the leaves back into the structure they came from.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,25 @@ def _step(key: Any) -> str | int:
     """What a step of a pytree path is called."""
     (name,) = [getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)]
     return name if isinstance(name, str | int) else str(name)
+
+
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The parts of a description that are no containers, each with the path that leads to it, as JAX spells paths.
+
+    Args:
+      node: what `describe` gave, or anything.
+      path: where it stands.
+    """
+    match node:
+        case {"dict": [*items], **rest} if not rest and all(map(_is_item, items)):
+            steps = [(jax.tree_util.DictKey(key), child) for key, child in items]
+        case {"list": [*items], **rest} | {"tuple": [*items], **rest} if not rest:
+            steps = [(jax.tree_util.SequenceKey(index), child) for index, child in enumerate(items)]
+        case _:
+            yield path, node
+            return
+    for step, child in steps:
+        yield from leaves(child, (*path, step))
 
 
 def rebuild(node: Any, read: Callable[[str], Any], file: Path) -> PyTree:

@@ -3,10 +3,11 @@
     w = (q - middle) * scale        Q4_0  Q5_0  Q8_0  Q3_K  Q6_K        symmetric
     w = q * scale + low             Q4_1  Q5_1  Q2_K  Q4_K  Q5_K        affine:  codes = q - middle
                                                                                  zero = -(middle + low / scale)
+    w = levels[q] * scale           IQ4_NL  MXFP4                       a codebook of 16
 
-A symmetric block is exactly the law of a `QTensor`. So is an affine one, but for its zero point, which is a float32 and
-no integer: what it decodes to is within `2^-24 (|zero * scale| + 2 |w|)` of w. A group whose scale is 0 has w = low: it
-becomes codes one step above their zero point, and a scale that is `low`.
+A symmetric block is exactly the law of a `QTensor`, and so is one with a codebook. So is an affine one, but for its
+zero point, which is a float32 and no integer: what it decodes to is within `2^-24 (|zero * scale| + 2 |w|)` of w. A
+group whose scale is 0 has w = low: it becomes codes one step above their zero point, and a scale that is `low`.
 
 A super-block of 256 has one scale for its 8 or 16 groups, each with a factor of few bits; their product is exact in
 float32. Source: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h and ggml-quants.c
@@ -107,6 +108,19 @@ def _q6_k(blocks: Bytes) -> Parts:
     return _planes(low, 4, 64) | _planes(high, 2, 32) << 4, _half(d) * np.float32(factors.view(np.int8)), None
 
 
+# What the indices of IQ4_NL stand for. Those of MXFP4 are e2m1 numbers, a sign and 0, 1/2, 1, 3/2, 2, 3, 4 or 6, which
+# lie here in increasing order, both zeros among them, and halved: so 2^(e - 126), the scale, is a float32 that is not
+# subnormal, whatever the exponent e. XLA takes subnormal numbers as 0 on a CPU.
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = (-3, -2, -1.5, -1, -0.75, -0.5, -0.25, 0, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3)
+_E2M1_ORDER = np.array([7, 9, 10, 11, 12, 13, 14, 15, 8, 6, 5, 4, 3, 2, 1, 0], np.uint8)
+
+
+def _mxfp4(blocks: Bytes) -> Parts:
+    e, qs = _cut(blocks, 1)
+    return _E2M1_ORDER[_planes(qs, 4, 16)], np.ldexp(np.float32(1), e.astype(np.int32) - 126), None
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """How a ggml type becomes codes.
@@ -115,11 +129,13 @@ class Blocks:
       bits: the width that a `QTensor` gives its codes; those of five and six bits live in 8.
       middle: what is subtracted from its numbers.
       parts: its numbers, and the scale and the low of each group, or None for a symmetric type.
+      levels: the codebook that its numbers are indices into, or None.
     """
 
     bits: int
     middle: int
     parts: Callable[[Bytes], Parts]
+    levels: tuple[float, ...] | None = None
 
 
 BLOCKS = {
@@ -133,6 +149,8 @@ BLOCKS = {
     "Q4_K": Blocks(4, 8, _q4_k),
     "Q5_K": Blocks(8, 16, _q5_k),
     "Q6_K": Blocks(8, 32, _q6_k),
+    "IQ4_NL": Blocks(4, 8, _q4_0, tuple(map(float, _IQ4_NL))),
+    "MXFP4": Blocks(4, 8, _mxfp4, tuple(map(float, _E2M1))),
 }
 _CONTAINERS = {8: jnp.int8, 4: jnp.int4, 3: jnp.int4, 2: jnp.int2}
 
@@ -147,12 +165,13 @@ def unpacked(kind: str, blocks: Bytes, shape: tuple[int, ...], name: str) -> QTe
       name: what an error calls it.
 
     Raises:
-      FileError: a scale is NaN or infinite.
+      FileError: a scale is NaN or infinite, or a weight is too large for a float32.
     """
     row = BLOCKS[kind]
-    with np.errstate(invalid="ignore"):  # inf * 0, which is found below
+    with np.errstate(invalid="ignore", over="ignore"):  # inf * 0, or beyond float32, which is found below
         numbers, scale, low = row.parts(blocks)
-    for part in (scale,) if low is None else (scale, low):
+        largest = scale if row.levels is None else scale * _reach(numbers, row.levels)
+    for part in (scale, largest) if low is None else (scale, low):
         check_finite(part, kind, name)
     codes, zero = numbers.view(np.int8) - np.int8(row.middle), None
     if low is not None:
@@ -162,7 +181,12 @@ def unpacked(kind: str, blocks: Bytes, shape: tuple[int, ...], name: str) -> QTe
         ratio = np.divide(low.astype(np.float64), scale, where=scale != 0, out=np.ones(scale.shape))
         zero = _laid((-row.middle - ratio).astype(np.float32), shape)
     codes = jnp.asarray(codes.reshape(shape)).astype(_CONTAINERS[row.bits])
-    return QTensor(codes, _laid(scale, shape), zero, jnp.dtype(jnp.float32), row.bits)
+    return QTensor(codes, _laid(scale, shape), zero, jnp.dtype(jnp.float32), row.bits, row.levels)
+
+
+def _reach(numbers: Numbers, levels: tuple[float, ...]) -> Scales:
+    """The largest size of a level in each block; float16 holds those of both codebooks."""
+    return np.abs(np.array(levels, np.float16))[numbers].max(axis=1, keepdims=True).astype(np.float32)
 
 
 def _laid(groups: Scales, shape: tuple[int, ...]) -> Float32[Array, "..."]:

@@ -95,6 +95,7 @@ def load_gguf(path: str | os.PathLike) -> Gguf:
     Axes come in NumPy's order, so a matrix is `[out, in]`; `jax.tree.map(jnp.transpose, q)` makes it `[in, out]`.
 
         Q8_0, Q4_0, Q5_0, Q3_K, Q6_K    a `QTensor` that decodes to the bits of llama.cpp's own floats
+        IQ4_NL, MXFP4                   likewise, its codes being indices into `levels`
         Q4_1, Q5_1, Q2_K, Q4_K, Q5_K    a `QTensor` with a float32 zero point, exact to a rounding of it
         F32, F16, BF16, I8, I16, I32    an array;  F64 and I64 a NumPy array, because JAX would narrow them
         any other type of `gguf`        a float32 array

@@ -45,7 +45,7 @@ def kind_of(q: QTensor, name: str) -> str:
 def _problem(q: QTensor) -> str:
     inputs, groups = q.shape[-1], q.scale.shape[-1]
     if not q.is_integer:
-        return "llama.cpp's blocks hold integer codes."
+        return "blocks are written from integer codes only."
     if q.transform or q.kept is not None:
         return "a block has no place for what is done to the input first, nor for weights kept in float."
     if q.codes.dtype == jnp.int8 and q.zero is not None:

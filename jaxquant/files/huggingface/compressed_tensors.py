@@ -11,6 +11,7 @@
 Source: https://github.com/vllm-project/compressed-tensors, `compressors`.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ import numpy as np
 from jaxtyping import PyTree, Shaped
 
 from jaxquant.errors import FileError
-from jaxquant.files.huggingface.folder import flattened, narrowest, write_folder
-from jaxquant.files.huggingface.matrix import Matrix, to_matrix, to_qtensor
+from jaxquant.files.huggingface.folder import Array, flattened, narrowest, write_folder
+from jaxquant.files.huggingface.matrix import Matrix, check, to_matrix, to_qtensor
 from jaxquant.files.huggingface.parts import Layout, Parts, Settings
 from jaxquant.files.huggingface.words import from_words, to_words, words_for
 from jaxquant.format import Format, fp8, int8
@@ -105,8 +106,9 @@ def save_compressed_tensors(
     config: Mapping[str, Any] | None = None,
     *,
     activations: Format | None = None,
+    shard_bytes: int = 4 * 10**9,
 ) -> None:
-    """Writes a compressed-tensors checkpoint: `model.safetensors` and `config.json` in a folder.
+    """Writes a compressed-tensors checkpoint, whole or not at all: `model.safetensors` and `config.json` in a folder.
 
     Scales are written in the weights' dtype where that holds each of them, in float32 where it does not, so nothing
     is rounded here; vLLM rounds those of packed weights to its dtype as it loads.
@@ -118,41 +120,44 @@ def save_compressed_tensors(
       config: what `config.json` says of the model.
       activations: what activations are quantized to when it is served, token by token: `int8`, `fp8` (for weights in
         float8), or None for not at all. As in `quantized`.
+      shard_bytes: tensors beyond that go into `model-00001-of-0000N.safetensors` and so on, of about that size each,
+        which `model.safetensors.index.json` names; one of them is in memory at a time.
 
     Raises:
       FileError: a leaf that the layout cannot hold exactly, by its path; or activations it has no word for.
       OSError: the folder cannot be written.
     """
     weights, arrays = flattened(tree)
-    matrices = {name: to_matrix(name, q, _KINDS) for name, q in weights.items()}
-    if not matrices:
+    if not weights:
         raise FileError(f"{folder}: there is no QTensor in the tree that was to be written.")
-    schemes = {name: _scheme(name, matrix, activations) for name, matrix in matrices.items()}
-    ignored = _left_alone(arrays, weights)
-    for name, matrix in matrices.items():
-        parts = _tensors(matrix, schemes[name]["format"] == _PACKED, weights[name].dtype)
-        arrays |= {name.removesuffix("weight") + suffix: array for suffix, array in parts.items()}
+    for name, q in weights.items():
+        check(name, q, _KINDS)
+    schemes = {name: _scheme(name, q, activations) for name, q in weights.items()}
     formats = {scheme["format"] for scheme in schemes.values()}
     quantization = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": _config_groups(schemes),
-        "ignore": ignored,
+        "ignore": _left_alone(arrays, weights),
     }
-    dtype = next(weights[name].dtype.name for name in matrices)
-    write_folder(folder, arrays, {"torch_dtype": dtype, **(config or {}), "quantization_config": quantization})
+    told = {"torch_dtype": next(q.dtype.name for q in weights.values()), **(config or {})}
+    leaves = itertools.chain(
+        ({name: np.asarray(array)} for name, array in arrays.items()),
+        (_tensors(name.removesuffix("weight"), q, schemes[name]["format"] == _PACKED) for name, q in weights.items()),
+    )
+    write_folder(folder, leaves, {**told, "quantization_config": quantization}, shard_bytes)
 
 
-def _scheme(name: str, matrix: Matrix, activations: Format | None) -> dict[str, Any]:
+def _scheme(name: str, q: QTensor, activations: Format | None) -> dict[str, Any]:
     """What a group of the config says of a weight."""
-    kind, served = ("int", int8) if matrix.codes.dtype == np.int8 else ("float", fp8)
+    kind, served = ("int", int8) if q.is_integer else ("float", fp8)
     if activations not in (None, served):
         raise FileError(f"{name}: activations={activations} meet {kind} codes: they can be None or {served}.")
-    if matrix.group_of is not None:
+    if q.transform:
         raise FileError(f"{name}: groups that are not next to each other left this layout; write it with save_gptq.")
-    packed = kind == "int" and (activations is None or matrix.bits == 4)
-    (outputs, inputs), (rows, groups) = matrix.codes.shape, matrix.scale.shape
+    packed = kind == "int" and (activations is None or q.bits == 4)
+    (outputs, inputs), (rows, groups) = q.shape, q.scale.shape
     if packed and rows != outputs:
         raise FileError(f"{name}: packed weights have no scale for all outputs together: quantize it per channel.")
     strategy = "tensor" if rows != outputs else "channel" if groups == 1 else "group"
@@ -160,7 +165,7 @@ def _scheme(name: str, matrix: Matrix, activations: Format | None) -> dict[str, 
     tokens = _numbers(8, kind, True, "token", None, True)
     return {
         "format": _PACKED if packed else _INTEGERS if kind == "int" else _FLOATS,
-        "weights": _numbers(matrix.bits, kind, matrix.zero is None, strategy, group, False),
+        "weights": _numbers(q.bits, kind, q.zero is None, strategy, group, False),
         "input_activations": None if activations is None else tokens,
         "output_activations": None,
     }
@@ -177,8 +182,9 @@ def _numbers(bits: int, kind: str, symmetric: bool, strategy: str, group: int | 
     }
 
 
-def _tensors(matrix: Matrix, packed: bool, dtype: Any) -> dict[str, Shaped[np.ndarray, "..."]]:
-    scale = narrowest(matrix.scale, dtype)
+def _tensors(stem: str, q: QTensor, packed: bool) -> dict[str, Shaped[np.ndarray, "..."]]:
+    matrix = to_matrix(q)
+    scale = narrowest(matrix.scale, q.dtype)
     parts = {"weight_scale": scale if len(scale) == len(matrix.codes) else scale.reshape(1)}
     if packed:
         parts["weight_packed"] = to_words(matrix.codes, matrix.bits, 1)
@@ -188,7 +194,7 @@ def _tensors(matrix: Matrix, packed: bool, dtype: Any) -> dict[str, Shaped[np.nd
     if matrix.zero is not None:
         zero = matrix.zero.reshape(parts["weight_scale"].shape)
         parts["weight_zero_point"] = to_words(zero, matrix.bits, 0) if packed else zero
-    return parts
+    return {stem + suffix: part for suffix, part in parts.items()}
 
 
 def _config_groups(schemes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -202,7 +208,7 @@ def _config_groups(schemes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str,
     }
 
 
-def _left_alone(arrays: Mapping[str, Shaped[np.ndarray, "..."]], weights: Mapping[str, QTensor]) -> list[str]:
+def _left_alone(arrays: Mapping[str, Array], weights: Mapping[str, QTensor]) -> list[str]:
     """The modules that may be linear layers in float; a tied head has no tensor of its own."""
     names = {name for name, array in arrays.items() if array.ndim == 2} | ({"lm_head.weight"} - set(weights))
     return sorted(name.removesuffix(".weight") for name in names if name.endswith(".weight"))

@@ -10,6 +10,7 @@
 Source: https://github.com/ModelCloud/GPTQModel, `nn_modules/qlinear` and `utils/model.py`.
 """
 
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from jaxtyping import PyTree, Shaped
 
 from jaxquant.errors import FileError
 from jaxquant.files.huggingface.folder import flattened, narrowest, write_folder
-from jaxquant.files.huggingface.matrix import Matrix, to_matrix, to_qtensor
+from jaxquant.files.huggingface.matrix import Matrix, check, to_matrix, to_qtensor
 from jaxquant.files.huggingface.parts import Layout, Parts, Settings
 from jaxquant.files.huggingface.words import from_words, plus_one, to_words, words_for
 from jaxquant.qtensor import QTensor
@@ -65,8 +66,14 @@ def _whole(parts: Parts, suffix: str) -> Shaped[np.ndarray, "..."]:
     return words
 
 
-def save_gptq(folder: str | os.PathLike, tree: PyTree, config: Mapping[str, Any] | None = None) -> None:
-    """Writes a GPTQ checkpoint: `model.safetensors` and `config.json` in a folder.
+def save_gptq(
+    folder: str | os.PathLike,
+    tree: PyTree,
+    config: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Writes a GPTQ checkpoint, whole or not at all: `model.safetensors` and `config.json` in a folder.
 
     Scales are written in the weights' dtype where that holds each of them, in float32 where it does not, so nothing
     is rounded here; vLLM rounds them to its dtype as it loads. Weights without zero points make a checkpoint of
@@ -77,57 +84,62 @@ def save_gptq(folder: str | os.PathLike, tree: PyTree, config: Mapping[str, Any]
       tree: dicts with the names and shapes of the Hugging Face model, `weight` being `[outputs, inputs]`. `QTensor`s
         are integers of 8, 4 or 2 bits, all in one format; GPTQ expects all linear layers of the blocks to be such.
       config: what `config.json` says of the model.
+      shard_bytes: tensors beyond that go into `model-00001-of-0000N.safetensors` and so on, of about that size each,
+        which `model.safetensors.index.json` names; one of them is in memory at a time.
 
     Raises:
       FileError: a leaf that the layout cannot hold exactly, by its path.
       OSError: the folder cannot be written.
     """
     weights, arrays = flattened(tree)
-    matrices = {name: to_matrix(name, q, ("int8", "int4", "int2")) for name, q in weights.items()}
-    width, group = _one_format(matrices)
-    version = _V1 if all(matrix.zero is None for matrix in matrices.values()) else _V2
-    for name, matrix in matrices.items():
-        parts = _tensors(matrix, version, weights[name].dtype)
-        arrays |= {name.removesuffix("weight") + suffix: array for suffix, array in parts.items()}
+    for name, q in weights.items():
+        check(name, q, ("int8", "int4", "int2"))
+    width, group = _one_format(weights)
+    version = _V1 if all(q.zero is None for q in weights.values()) else _V2
     scheme = {
         "quant_method": "gptq",
         "bits": width,
         "group_size": group,
-        "desc_act": any(matrix.group_of is not None for matrix in matrices.values()),
+        "desc_act": any(q.transform for q in weights.values()),
         "sym": version == _V1,
-        "lm_head": any(name.startswith("lm_head.") for name in matrices),
+        "lm_head": any(name.startswith("lm_head.") for name in weights),
         "checkpoint_format": version,
     }
-    dtype = next(weights[name].dtype.name for name in matrices)
-    write_folder(folder, arrays, {"torch_dtype": dtype, **(config or {}), "quantization_config": scheme})
+    dtype = next(q.dtype.name for q in weights.values())
+    leaves = itertools.chain(
+        ({name: np.asarray(array)} for name, array in arrays.items()),
+        (_tensors(name.removesuffix("weight"), q, version) for name, q in weights.items()),
+    )
+    write_folder(folder, leaves, {"torch_dtype": dtype, **(config or {}), "quantization_config": scheme}, shard_bytes)
 
 
-def _one_format(matrices: Mapping[str, Matrix]) -> tuple[int, int]:
+def _one_format(weights: Mapping[str, QTensor]) -> tuple[int, int]:
     """The bits and the size of groups that all weights share, -1 for one group."""
     formats: dict[tuple[int, int], str] = {}
-    grouped = any(matrix.scale.shape[1] > 1 for matrix in matrices.values())
-    for name, matrix in matrices.items():
-        (outputs, inputs), (rows, groups) = matrix.codes.shape, matrix.scale.shape
-        if rows != outputs or outputs % (32 // matrix.bits) or inputs % (32 // matrix.bits):
+    grouped = any(q.scale.shape[1] > 1 for q in weights.values())
+    for name, q in weights.items():
+        (outputs, inputs), (rows, groups) = q.shape, q.scale.shape
+        if rows != outputs or outputs % (32 // q.bits) or inputs % (32 // q.bits):
             raise FileError(
-                f"{name}: GPTQ holds a scale for each output, and {32 // matrix.bits} codes in a word along both axes; "
-                f"this is {matrix.codes.shape} with scales {matrix.scale.shape}."
+                f"{name}: GPTQ holds a scale for each output, and {32 // q.bits} codes in a word along both axes; "
+                f"this is {q.shape} with scales {q.scale.shape}."
             )
-        formats.setdefault((matrix.bits, inputs // groups if grouped else -1), name)
+        formats.setdefault((q.bits, inputs // groups if grouped else -1), name)
     if len(formats) != 1:
         seen = ", ".join(f"{name} is {bits} bits in groups of {group}" for (bits, group), name in formats.items())
         raise FileError(f"a GPTQ checkpoint has weights of one format; here {seen or 'are no QTensors'}.")
     return next(iter(formats))
 
 
-def _tensors(matrix: Matrix, version: str, dtype: Any) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _tensors(stem: str, q: QTensor, version: str) -> dict[str, Shaped[np.ndarray, "..."]]:
+    matrix = to_matrix(q)
     outputs, inputs = matrix.codes.shape
     groups = matrix.scale.shape[1]
     zero = np.zeros((outputs, groups), np.int8) if matrix.zero is None else matrix.zero
     consecutive = (np.arange(inputs) // (inputs // groups)).astype(np.int32)
     return {
-        "qweight": to_words(matrix.codes.T, matrix.bits, 0),
-        "qzeros": to_words(zero.T - np.int8(version == _V1), matrix.bits, 1),
-        "scales": narrowest(matrix.scale.T, dtype),
-        "g_idx": consecutive if matrix.group_of is None else matrix.group_of,
+        stem + "qweight": to_words(matrix.codes.T, matrix.bits, 0),
+        stem + "qzeros": to_words(zero.T - np.int8(version == _V1), matrix.bits, 1),
+        stem + "scales": narrowest(matrix.scale.T, q.dtype),
+        stem + "g_idx": consecutive if matrix.group_of is None else matrix.group_of,
     }

@@ -65,18 +65,8 @@ def _permutation(order: Int32[np.ndarray, " inputs"], rank: int) -> Permutation:
     return Permutation(labels, jnp.asarray(order.reshape(along)), jnp.zeros((1,) * rank, bool))
 
 
-def to_matrix(name: str, q: QTensor, kinds: Collection[str]) -> Matrix:
-    """The matrix of a `QTensor`, the inverse of `to_qtensor`.
-
-    Args:
-      name: of the weight, for errors.
-      q: of shape `[outputs, inputs]`.
-      kinds: the types of codes that the layout has, such as `int4`.
-
-    Raises:
-      FileError: the layout would not hold the same numbers.
-    """
-    _check(name, q, kinds)
+def to_matrix(q: QTensor) -> Matrix:
+    """The matrix of a `QTensor` that `check` has let through, the inverse of `to_qtensor`."""
     q = q.settled
     codes, scale = np.asarray(q.codes), np.asarray(q.scale)
     codes = codes.astype(np.int8) if q.is_integer else codes
@@ -88,14 +78,21 @@ def to_matrix(name: str, q: QTensor, kinds: Collection[str]) -> Matrix:
         back = np.argsort(rows)[labels]  # the row of codes of each input
         codes, group_of = codes[:, back], (back // (codes.shape[1] // scale.shape[1])).astype(np.int32)
     zero = None if q.zero is None else np.asarray(q.zero).astype(np.int8)
-    if zero is not None and not np.array_equal(zero, np.asarray(q.zero)):
-        raise FileError(
-            f"{name} is {q!r}, whose zero points are no integers. Write jq.dequantize(q), or quantize it anew."
-        )
     return Matrix(codes, scale, zero, q.bits, group_of)
 
 
-def _check(name: str, q: QTensor, kinds: Collection[str]) -> None:
+def check(name: str, q: QTensor, kinds: Collection[str]) -> None:
+    """Raises if a layout would not hold the same numbers.
+
+    Args:
+      name: of the weight, for errors.
+      q: of shape `[outputs, inputs]`.
+      kinds: the types of codes that the layout has, such as `int4`.
+
+    Raises:
+      FileError: saying what it would not hold.
+    """
+
     def fail(what: str) -> FileError:
         return FileError(f"{name}: {q!r} {what}")
 
@@ -112,6 +109,8 @@ def _check(name: str, q: QTensor, kinds: Collection[str]) -> None:
     rows, columns = q.scale.shape
     if rows != q.shape[0] and (rows, columns) != (1, 1):
         raise fail("shares scales among some of its outputs: quantize it per channel or in groups.")
+    if q.zero is not None and not np.array_equal(np.asarray(q.zero).astype(np.int8), np.asarray(q.zero)):
+        raise fail("has zero points that are no integers. Write jq.dequantize(q), or quantize it anew.")
 
 
 def _width(dtype: Any) -> int:

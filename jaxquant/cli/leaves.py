@@ -1,0 +1,70 @@
+"""The arrays and bundles of a checkpoint by name, whoever wrote it, one at a time."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxquant.errors import FileError
+from jaxquant.files import load_gguf, load_metadata, load_safetensors
+from jaxquant.files.arrays import array_of
+from jaxquant.files.checkpoint import inside
+from jaxquant.files.container import Container, open_container
+from jaxquant.files.description import leaves, rebuild
+from jaxquant.files.load import unsealed
+from jaxquant.params import is_bundle
+from jaxquant.trace import path_name
+
+Leaves = Iterator[tuple[str, Any]]
+
+
+def leaves_of(path: Path) -> Leaves:
+    """Those of a checkpoint; of ours and of llama.cpp's, one is read when it is asked for, and not kept.
+
+    Raises:
+      FileError: it is none, or damaged.
+      OSError: it cannot be read.
+    """
+    if path.is_file() and _begins_with(path, b"GGUF"):
+        return iter(load_gguf(path).tensors.items())
+    if path.is_file() and path.suffix != ".json":
+        container = open_container(path)
+        if "jaxquant" in container.metadata:
+            return _ours(container)
+    return _named((), load_safetensors(path))
+
+
+def _begins_with(path: Path, word: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(word)) == word
+
+
+def _named(path: tuple[Any, ...], tree: Any) -> Leaves:
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_bundle)[0]
+    yield from ((path_name((*path, *keys)), leaf) for keys, leaf in found if hasattr(leaf, "shape"))
+
+
+def _ours(container: Container) -> Leaves:
+    """The leaves of a file of `save`'s, in its order; an array on two paths is read twice."""
+    path = container.path
+    load_metadata(path)  # what is wrong with the description as a whole, it says
+    described = json.loads(unsealed(container, "jaxquant"))
+    opened = functools.cache(lambda file: open_container(inside(path.parent, file)))
+
+    def read(name: str) -> Any:
+        entry = described["tensors"].get(name)
+        if not isinstance(entry, dict) or not isinstance(file := entry.get("file", ""), str):
+            raise FileError(f"{path}: its description has no tensor {name[:80]!r}.")
+        source = opened(file) if file else container
+        array = array_of(name, entry, source)
+        source.release()  # else all that was read stays mapped until the last leaf
+        return array
+
+    try:
+        for keys, node in leaves(described["tree"]):
+            yield from _named(keys, rebuild(node, read, path))
+    except RecursionError as error:
+        raise FileError(f"{path}: its tree is too deep.") from error
