@@ -45,6 +45,11 @@ def quickly_jitted(fn: Callable) -> Callable:
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def jitted_as_shipped(fn: Callable) -> Callable:
+    """Compiled with XLA's own fusions, which `conftest.py` switches off: for real models, and once for every other."""
+    return jax.jit(fn, compiler_options={"xla_cpu_use_fusion_emitters": True})
+
+
 def tokens(*shape: int) -> jax.Array:
     """Token ids."""
     return jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, shape), jnp.int32)

@@ -9,14 +9,12 @@ import functools
 import hashlib
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import QUICK, found, started
 from tables import as_shipped, same, table
 
 import jaxquant as jq
@@ -346,9 +344,6 @@ def fingerprint() -> str:
 
 def test_the_same_input_gives_the_same_bytes_in_another_process():
     """Row: same seed, same input: same bytes, across processes, whatever the hashes of strings are."""
-    program = "import test_bad_statistics; print(test_bad_statistics.fingerprint())"
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "7", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == fingerprint()
+    program = "import json, test_bad_statistics; print(json.dumps(test_bad_statistics.fingerprint()))"
+    flags = os.environ.get("XLA_FLAGS", QUICK)  # bytes of this process are those of its compiler (conftest.py)
+    assert found(started(program, PYTHONHASHSEED="7", XLA_FLAGS=flags)) == [fingerprint()]

@@ -89,10 +89,15 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(format, time
     np.testing.assert_allclose(found, attention(queries, *cache.read(), position), rtol=2e-5, atol=2e-5)
 
 
-@given(length=st.integers(1, 9), heads=st.integers(1, 3), width=st.sampled_from([2, 8, 10]), seed=st.integers(0, 9))
-@settings(max_examples=15, deadline=None)
-def test_any_shape(length, heads, width, seed):
+# Each shape compiles anew.
+SHAPES = [(1, 1, 2), (2, 3, 8), (5, 2, 10), (9, 1, 10), (7, 3, 2)]
+
+
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_any_shape(shape, seed):
     """Keys and values of any shape come back within 1 % of their length, also where a head is no power of two wide."""
+    length, heads, width = shape
     keys, values = normal(1, length, heads, width, seed=seed), normal(1, length, heads, width, seed=seed + 10)
     cache = jq.KVCache.empty(1, length, heads, width).append(keys, values, 0)
     spread = np.linalg.norm(keys - cache.shift, axis=-1)

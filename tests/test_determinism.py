@@ -1,10 +1,6 @@
 """The same bytes in every process, whatever the number of threads that XLA gives its work to."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from processes import found, started
 
 PROGRAM = r"""
 import hashlib, json
@@ -40,27 +36,10 @@ print(json.dumps(found))
 """
 
 
-def started(threads: int) -> subprocess.Popen:
-    """A process of so many threads (XLA reads NPROC), and a hash seed of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
-        "JAX_PLATFORMS": "cpu",
-        "NPROC": str(threads),
-        "PYTHONHASHSEED": str(threads),
-    }
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def test_processes_and_threads_do_not_matter():
-    """Law: statistics, codes, scales and outputs of one thread are those of seven, byte for byte."""
-    processes = [started(threads) for threads in (1, 7)]
-    try:
-        answers = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, said) in zip(processes, answers, strict=True):
-        assert process.returncode == 0, said[-4000:]
-    one, seven = (json.loads(out.splitlines()[-1]) for out, _ in answers)
+    """Law: statistics, codes, scales and outputs of one thread are those of seven, byte for byte.
+
+    XLA reads NPROC; the hashes of strings differ too.
+    """
+    one, seven = found(*(started(PROGRAM, NPROC=n, PYTHONHASHSEED=n) for n in ("1", "7")))
     assert one == seven

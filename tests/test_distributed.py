@@ -3,19 +3,15 @@
 The processes find each other as `docs/devices.md` says, on loopback, and add up through gloo. Each checks its own half.
 """
 
-import json
-import os
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT, found, started
 
 pytestmark = pytest.mark.devices
 
-DOCUMENTED = Path(__file__).parent.parent / "docs" / "devices.md"
+DOCUMENTED = ROOT / "docs" / "devices.md"
 START = r"""
 import sys
 
@@ -67,22 +63,9 @@ def run_both() -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
     (hosts,) = re.findall(r"<!-- hosts -->\n```python\n(.*?)```", DOCUMENTED.read_text(), flags=re.DOTALL)
-    command, pipe = [sys.executable, "-c", START + hosts + PROGRAM, address], subprocess.PIPE
-    both = [subprocess.Popen([*command, str(i)], env=environment, stdout=pipe, stderr=pipe, text=True) for i in (0, 1)]
-    try:
-        answers = [process.communicate(timeout=300) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    for process, (_, said) in zip(both, answers, strict=True):
-        assert process.returncode == 0, said[-4000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in answers]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return found(*(started(START + hosts + PROGRAM, address, host, **flags) for host in ("0", "1")))
 
 
 def test_two_processes_compute_what_one_does():

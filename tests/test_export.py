@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import QUICK
 
 import jaxquant as jq
 
@@ -71,7 +72,7 @@ def test_a_fresh_process_without_jaxquant_gives_the_same_bits(tmp_path):
         assert sum(a.nbytes for a in names["arrays"]) == sum(q.nbytes for q in names["qparams"].values())
     folders = [str(tmp_path / name) for name in FORMATS]
     # Compiled as the tests are (conftest.py): another level of optimization may round otherwise.
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {"XLA_FLAGS": QUICK} | os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-I", "-c", READER, *folders]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

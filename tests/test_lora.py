@@ -58,13 +58,14 @@ def test_an_adapted_tree_means_the_merged_one(name, base):
         params = params if BASES[base] is None else jq.quantize_params(params, BASES[base])
         return stirred(jq.add_lora(params, RANK, key=jax.random.key(0), where=lambda path, leaf: leaf.ndim >= 2))
 
-    def adapted(arrays, *args):
-        return jax.tree.leaves(jq.quantized(model.fn, activations=None)(tree_of(arrays), *args))[0]
+    @quickly_jitted
+    def both(arrays, *args):
+        tree = tree_of(arrays)
+        adapted = jq.quantized(model.fn, activations=None)(tree, *args)
+        merged = model.fn(jq.merge_lora(jq.dequantize(tree)), *args)
+        return jax.tree.leaves(adapted)[0], jax.tree.leaves(merged)[0]
 
-    def merged(arrays, *args):
-        return jax.tree.leaves(model.fn(jq.merge_lora(jq.dequantize(tree_of(arrays))), *args))[0]
-
-    close(first(quickly_jitted(adapted)(arrays, *model.args)), first(quickly_jitted(merged)(arrays, *model.args)))
+    close(*map(first, both(arrays, *model.args)))
 
 
 PARAMS = {"w1": {"kernel": weight(WIDTH, 24)}, "w2": {"kernel": weight(24, 8, seed=1)}, "bias": normal(1, 8)}
@@ -120,11 +121,16 @@ def test_training_moves_the_adapters_and_not_a_byte_of_the_base(optimizer):
     adapters, base = jq.split_lora(jq.double_quantize(tree(jq.nf4(group=8))))
     before = digest(base)
     loss = jax.jit(lambda a: jnp.mean((jq.quantized(mlp, activations=None)(jq.join_lora(a, base), x) - target) ** 2))
+
+    @jax.jit
+    def step(adapters, state):
+        updates, state = optimizer.update(jax.grad(loss)(adapters), state, adapters)
+        return optax.apply_updates(adapters, updates), state
+
     with jax.numpy_dtype_promotion("standard"):
         state, start = optimizer.init(adapters), loss(adapters)
         for _ in range(40):
-            updates, state = optimizer.update(jax.grad(loss)(adapters), state, adapters)
-            adapters = optax.apply_updates(adapters, updates)
+            adapters, state = step(adapters, state)
     assert loss(adapters) < 0.8 * start and digest(base) == before
 
 

@@ -1,5 +1,7 @@
 """Trees: `quantize_params` finds the matrices of every framework and nothing else, and scales their outputs."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -37,6 +39,12 @@ class Layer(nn.Module):
         return nn.Dense(8)(nn.LayerNorm()(x)), None
 
 
+@functools.cache
+def linen_variables():
+    """The model's parameters and statistics."""
+    return jax.jit(LinenModel().init)(KEY, jnp.zeros((1, 4), jnp.int32))
+
+
 def scales(tree) -> dict[str, tuple[int, ...]]:
     """The shape of each quantized parameter's scale, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, jq.QTensor))
@@ -48,7 +56,7 @@ def scales(tree) -> dict[str, tuple[int, ...]]:
 
 
 def test_linen():
-    variables = LinenModel().init(KEY, jnp.zeros((1, 4), jnp.int32))
+    variables = linen_variables()
     attention = "params/MultiHeadDotProductAttention_0"
     assert scales(jq.quantize_params(variables)) == {
         "params/Embed_0/embedding": (32, 1),
@@ -107,7 +115,7 @@ def test_haiku():
     def forward(x):
         return hk.Linear(4)(hk.LayerNorm(-1, True, True)(hk.Conv2D(5, 3)(hk.Embed(32, 8)(x))))
 
-    params = hk.transform(forward).init(KEY, jnp.zeros((1, 6, 6), jnp.int32))
+    params = jax.jit(hk.transform(forward).init)(KEY, jnp.zeros((1, 6, 6), jnp.int32))
     assert scales(jq.quantize_params(params)) == {
         "embed/embeddings": (32, 1),
         "conv2_d/w": (1, 1, 1, 5),
@@ -131,7 +139,7 @@ def test_boxes_keep_their_metadata():
 
 
 def test_everything_else_passes_untouched():
-    variables = LinenModel().init(KEY, jnp.zeros((1, 4), jnp.int32)) | {"key": KEY, "step": jnp.arange(6).reshape(2, 3)}
+    variables = linen_variables() | {"key": KEY, "step": jnp.arange(6).reshape(2, 3)}
     before = jax.tree_util.tree_leaves_with_path(variables)
     after = dict(jax.tree_util.tree_leaves_with_path(jq.quantize_params(variables), is_leaf=lambda x: x is None))
     kept = [path for path, leaf in before if after.get(path) is leaf]

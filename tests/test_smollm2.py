@@ -1,6 +1,7 @@
 """The example Llama: its forward and tokenizer against llama.cpp's, its cache, its loader, and what int8 costs it."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import smollm2
 from llama import KVCache, Llama, LlamaConfig, generate_step
+from models import jitted_as_shipped
 
 import jaxquant as jq
 
@@ -48,7 +50,7 @@ def windows(tokenizer):
 
 @pytest.fixture(scope="module")
 def forward(model):
-    return jax.jit(Llama(model[0]).apply)
+    return jitted_as_shipped(Llama(model[0]).apply)
 
 
 def perplexity(forward, params, windows) -> float:
@@ -63,6 +65,13 @@ def random_tokens(config: LlamaConfig, *shape: int) -> jax.Array:
     return jax.random.randint(jax.random.key(1), shape, 0, config.vocab)
 
 
+@functools.cache
+def jitted(config: LlamaConfig):
+    """The forward of a small Llama, compiled once for each shape of tokens and cache."""
+    return jax.jit(Llama(config).apply)
+
+
+@functools.cache
 def init(config: LlamaConfig):
     return jax.jit(Llama(config).init)(jax.random.key(0), random_tokens(config, 1, 2))
 
@@ -87,13 +96,17 @@ def test_logits_are_llama_cpps(golden, model, forward):
 
 
 @pytest.fixture(scope="module")
-def float_perplexity(model, forward, windows):
-    return perplexity(forward, model[1], windows)
+def int8_from_float(model, forward, windows):
+    """Both models on the same windows, each run once."""
+    config, params = model
+    int8 = jitted_as_shipped(jq.quantized(Llama(config).apply, **smollm2.ARITHMETIC))
+    qparams, batches = jq.quantize_params(params, jq.int8), [window[None] for window in windows]
+    return jq.divergence(lambda t: forward(params, t)[0], lambda t: int8(qparams, t)[0], batches)
 
 
 @pytest.mark.model
-def test_float_perplexity(float_perplexity):
-    assert float_perplexity == pytest.approx(14.69, abs=0.05)
+def test_float_perplexity(int8_from_float):
+    assert int8_from_float.reference_perplexity == pytest.approx(14.69, abs=0.05)
 
 
 @pytest.mark.model
@@ -109,15 +122,9 @@ def test_cached_decoding_of_the_model_is_its_forward(golden, model, forward):
 
 
 @pytest.mark.model
-def test_int8_perplexity_is_within_one_percent_of_float(model, forward, windows):
+def test_int8_perplexity_is_within_one_percent_of_float(int8_from_float):
     """As far as 8 windows tell: which codes a tie rounds to is the processor's, and moves the loss by its interval."""
-    config, params = model
-    int8, qparams = (
-        jax.jit(jq.quantized(Llama(config).apply, **smollm2.ARITHMETIC)),
-        jq.quantize_params(params, jq.int8),
-    )
-    batches = [window[None] for window in windows]
-    found = jq.divergence(lambda t: forward(params, t)[0], lambda t: int8(qparams, t)[0], batches)
+    found = int8_from_float
     assert found.loss_gap - found.loss_gap_error <= np.log(1.01) and found.kl < 0.015, found
 
 
@@ -125,7 +132,7 @@ def test_int8_perplexity_is_within_one_percent_of_float(model, forward, windows)
 def test_decoding_with_a_cache_in_codes_is_nearly_the_forward(name):
     """Logits, a prompt and then token by token, within what rounding keys and values costs; and a smaller cache."""
     wide = dataclasses.replace(TINY, head_width=16)
-    params, apply, tokens = init(wide), jax.jit(Llama(wide).apply), random_tokens(wide, 2, 12)
+    params, apply, tokens = init(wide), jitted(wide), random_tokens(wide, 2, 12)
     whole, _ = apply(params, tokens)
     cache = KVCache.empty(wide, 2, 16, smollm2.CACHES[name])
     logits, cache = apply(params, tokens[:, :7], cache)
@@ -144,14 +151,14 @@ def test_an_int8_cache_costs_a_five_hundredth_of_perplexity(model, windows, forw
     """On SmolLM2 with float weights: perplexity through an int8 cache within 1.002 of that without one."""
     config, params = model
     cache = KVCache.empty(config, 1, 512, smollm2.CACHES["int8"])
-    cached = jax.jit(lambda params, tokens: Llama(config).apply(params, tokens, cache))
+    cached = jitted_as_shipped(lambda params, tokens: Llama(config).apply(params, tokens, cache))
     some = windows[:4]
     assert perplexity(cached, params, some) < 1.002 * perplexity(forward, params, some)
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
 def test_cached_decoding_is_the_forward(config):
-    params, apply, tokens = init(config), jax.jit(Llama(config).apply), random_tokens(config, 2, 12)
+    params, apply, tokens = init(config), jitted(config), random_tokens(config, 2, 12)
     whole, none = apply(params, tokens)
     first, cache = apply(params, tokens[:, :7], KVCache.empty(config, 2, 16))
     rest = []
@@ -164,7 +171,7 @@ def test_cached_decoding_is_the_forward(config):
 
 
 def test_later_tokens_do_not_change_earlier_logits():
-    params, apply, tokens = init(TINY), jax.jit(Llama(TINY).apply), random_tokens(TINY, 1, 8)
+    params, apply, tokens = init(TINY), jitted(TINY), random_tokens(TINY, 1, 8)
     changed = tokens.at[0, 5].set((tokens[0, 5] + 1) % TINY.vocab)
     before, after = apply(params, tokens)[0], apply(params, changed)[0]
     np.testing.assert_array_equal(before[:, :5], after[:, :5])
@@ -172,7 +179,7 @@ def test_later_tokens_do_not_change_earlier_logits():
 
 
 def test_generate_step_is_greedy_or_samples():
-    params, apply, tokens = init(TINY), jax.jit(Llama(TINY).apply), random_tokens(TINY, 1, 4)
+    params, apply, tokens = init(TINY), jitted(TINY), random_tokens(TINY, 1, 4)
     cache = KVCache.empty(TINY, 1, 8)
     chosen, after = generate_step(apply, params, tokens, cache)
     last, _ = Llama(TINY, last=True).apply(params, tokens, cache)
