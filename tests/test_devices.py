@@ -152,6 +152,16 @@ def pair(params, x, **out):
 
 spread = [jax.device_put(n * numbers, on("data", mesh=explicit)) for n in (1, 2)]
 facts["stats-explicit"] = same(alone, jq.calibrate(deep, layers, spread))
+
+# Of a weight contracted along two axes, and of a convolution's.
+def several(params, x):
+    names = ("NWC", "WIO", "NWC")
+    taps = jax.lax.conv_general_dilated(x[..., None], params["taps"], (1,), "SAME", dimension_numbers=names)
+    return jnp.einsum("bhd,hdo->bo", x.reshape(-1, 4, 4), params["heads"]), taps
+
+shapes = {"heads": (4, 4, 8), "taps": (3, 1, 2)}
+ones = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+facts["stats-explicit-several"] = same(*(jq.calibrate(several, ones, x) for x in ([numbers, 2 * numbers], spread)))
 two = {"up": layers["w"][0], "down": layers["w"][1]}
 alone = jq.calibrate(pair, two, [numbers, 2 * numbers])
 with jax.set_mesh(explicit):
@@ -259,7 +269,7 @@ def test_a_column_parallel_layer_on_a_mesh_of_explicit_axes(facts):
     assert facts["explicit"] < 1e-6
 
 
-@pytest.mark.parametrize("split", ["data", "data-and-model", "explicit", "explicit-and-model"])
+@pytest.mark.parametrize("split", ["data", "data-and-model", "explicit", "explicit-and-model", "explicit-several"])
 def test_data_parallel_calibration(split, facts):
     """Law: the statistics of a batch spread over devices are those of one device, bit for bit where sums are exact."""
     assert facts["counts"] == [128.0] * 3

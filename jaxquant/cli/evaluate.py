@@ -13,6 +13,7 @@ from jaxquant.cli.tokenizer import tokenizer_of
 from jaxquant.errors import FileError, OptionError
 from jaxquant.evaluate import divergence
 from jaxquant.files import load_gguf
+from jaxquant.files.gguf.file import Gguf
 from jaxquant.format import Format
 from jaxquant.params import quantize_params
 from jaxquant.transforms.quantized import quantized
@@ -32,11 +33,7 @@ def evaluate(path: Path, text: Path | None, windows: int, format: Format) -> Non
     file = load_gguf(path)
     shape, weights = read(file)
     words = _text(text) if text else "\n".join(pydoc_data.topics.topics.values())
-    tokens, rows = tokenizer_of(file.metadata, str(path)).encode(words).ids, file.entries["token_embd.weight"].shape[0]
-    if max(tokens, default=0) >= rows:
-        what = f"its tokenizer gives token {max(tokens)}, and 'token_embd.weight' has {rows} rows"
-        raise FileError(f"{path}: {what}. Convert the model anew.")
-    batches = _windows(tokens, windows)
+    batches = _windows(_tokens(file, words), windows)
     floats = dequantize(weights)
     codes = quantize_params(floats, format, where=lambda _, w: w.ndim == 2)
     forward = jax.jit(functools.partial(logits, shape))
@@ -57,6 +54,16 @@ def _text(path: Path) -> str:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise FileError(f"{path}: it is not UTF-8: {error}. Give a text as --text.") from error
+
+
+def _tokens(file: Gguf, words: str) -> list[int]:
+    path, embedding = file.tensors.path, file.entries["token_embd.weight"]
+    tokens = tokenizer_of(file.metadata, str(path)).encode(words).ids
+    last = max(tokens, default=0)
+    if last >= embedding.shape[0]:  # JAX would take the last row in its place
+        what = f"its tokenizer gives token {last}, and 'token_embd.weight' has {embedding.shape[0]} rows"
+        raise FileError(f"{path}: {what}. Convert the model anew.")
+    return tokens
 
 
 def _windows(tokens: list[int], windows: int) -> np.ndarray:

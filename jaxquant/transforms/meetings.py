@@ -1,7 +1,6 @@
 """Meetings: every matmul, convolution and `ragged_dot` of a walk that records, brought to tokens and a weight."""
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -112,6 +111,6 @@ def _conv_tokens(param: Param, x: Array, params: Mapping) -> Tokens:
     patches = jax.lax.conv_general_dilated_patches(x, size, **{name: params[name] for name in names})
     patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
     del output
-    places = (math.prod(patches.shape[:-1]), groups)
+    places = (*patches.shape[:-1], groups)
     moved = patches.reshape(*places, param.value.shape[features], *size)
     return Tokens(moved, (), (features, *window), places, tuple(params[name] for name in names[:-1]))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxquant.errors import UnseenError
-from jaxquant.stats import Stats
+from jaxquant.stats import Stats, whole
 from jaxquant.trace import Param
 
 Tokens = Float[Array, "*stack tokens in"]
@@ -103,10 +103,15 @@ def record(x: Float[Array, "..."], to: Arrangement, param: Param, look: Look) ->
     """Statistics of activations `(batch, rest, contracted)`, in the stack and the inputs of the parameter."""
     origin = param.origin
     assert origin is not None
-    tokens = jnp.transpose(x.reshape(to.split), to.order).reshape(to.shape)
-    stats, stack = look(tokens), to.stack
-    if origin.indexed is not None:
-        stats, stack = _by_index(tokens, param.index, origin.shape[origin.indexed], look), (origin.indexed, *stack)
+
+    def tokens(x: Array) -> Tokens:
+        return jnp.transpose(x.reshape(to.split), to.order).reshape(to.shape)
+
+    if (axis := origin.indexed) is None:
+        stats, stack = whole(lambda x: look(tokens(x)), x), to.stack
+    else:
+        stats = whole(lambda x, index: _by_index(tokens(x), index, origin.shape[axis], look), x, param.index)
+        stack = (axis, *to.stack)
     return Seen(dataclasses.replace(stats, stack=stack, inputs=to.inputs), origin.looped)
 
 
