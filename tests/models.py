@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from processes import QUICK
 
 WIDTH, HEADS, LAYERS, TOKENS, BATCH, VOCABULARY = 16, 2, 3, 6, 2, 24
 
@@ -47,7 +48,7 @@ def quickly_jitted(fn: Callable) -> Callable:
 
 def jitted_as_shipped(fn: Callable) -> Callable:
     """Compiled with XLA's own fusions, which `conftest.py` switches off: for real models, and once for every other."""
-    return jax.jit(fn, compiler_options={"xla_cpu_use_fusion_emitters": True})
+    return jax.jit(fn, compiler_options={"xla_cpu_use_fusion_emitters": True} if QUICK else None)
 
 
 def tokens(*shape: int) -> jax.Array:

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 ROOT = Path(__file__).parent.parent
-# XLA's newer way to compile a fusion takes twice as long: a flag for programs that run once.
-QUICK = "--xla_cpu_use_fusion_emitters=false"
+# XLA's newer way to compile a fusion takes twice as long: a flag for programs that run once, where XLA still has it. A
+# flag that it does not know ends the process.
+QUICK = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 
 
 def started(program: str, *args: str, **environment: str) -> subprocess.Popen:
