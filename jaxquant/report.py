@@ -15,12 +15,12 @@ from jaxquant.errors import NoMatchError
 from jaxquant.format import Format
 from jaxquant.matrices import Matrices, write
 from jaxquant.params import axes_of
-from jaxquant.qtensor import QTensor, decode, is_qtensor
+from jaxquant.qtensor import QTensor, decode
 from jaxquant.quantizers import rtn
 from jaxquant.stats import Stats, output_error
 from jaxquant.trace import path_name
 from jaxquant.transforms.explain import explain
-from jaxquant.turned import is_turned, upright
+from jaxquant.turned import is_in_codes, upright
 
 _COLUMNS = (
     "parameter",
@@ -110,7 +110,7 @@ def report(
       NoMatchError: there is no `QTensor` in `qparams`, or the two trees do not have the same paths.
     """
     floats, codes = (_by_path(tree) for tree in (params, qparams))
-    chosen = {path: leaf for path, leaf in codes.items() if _is_in_codes(leaf)}
+    chosen = {path: leaf for path, leaf in codes.items() if is_in_codes(leaf)}
     if not chosen or floats.keys() != codes.keys():
         raise NoMatchError("report: `qparams` has no QTensor, or other paths than `params`: give a tree and its own.")
     met = {path: ("", "") for path in chosen}
@@ -128,12 +128,8 @@ def report(
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_in_codes)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_in_codes)
     return {path_name(path): leaf for path, leaf in leaves}
-
-
-def _is_in_codes(leaf: Any) -> bool:
-    return is_qtensor(leaf) or is_turned(leaf)
 
 
 def _row(path: str, w: Array, q: QTensor, stats: Stats | None, axes: Matrices, arithmetic: str, reason: str) -> Row:

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxquant.errors import OptionError, StatsError
-from jaxquant.qtensor import is_qtensor
 from jaxquant.stats import THRESHOLDS, Stats, quantile
 from jaxquant.trace import path_name
-from jaxquant.turned import is_turned
+from jaxquant.turned import is_in_codes, is_turned
 
 Bound = Callable[[Stats], Float[Array, ""]]
 
@@ -36,13 +35,9 @@ def static(qparams: PyTree, stats: Mapping[str, Stats], bound: Bound | None = No
       StatsError: a weight in codes has no statistics, or those before its transform.
     """
     find = bound or largest
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=_is_in_codes)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_in_codes)
     named = [(path_name(path), leaf) for path, leaf in leaves]
-    return treedef.unflatten([_bounded(path, q, stats.get(path), find) if _is_in_codes(q) else q for path, q in named])
-
-
-def _is_in_codes(leaf: Any) -> bool:
-    return is_qtensor(leaf) or is_turned(leaf)
+    return treedef.unflatten([_bounded(path, q, stats.get(path), find) if is_in_codes(q) else q for path, q in named])
 
 
 def _bounded(path: str, leaf: Any, stats: Stats | None, bound: Bound) -> Any:

@@ -73,12 +73,12 @@ def turned(tree: PyTree) -> PyTree:
     """
 
     # A weight that is turned already stays as it is.
-    return jax.tree.map(lambda leaf: _turn(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=_is_in_codes)
+    return jax.tree.map(lambda leaf: _turn(leaf) if is_qtensor(leaf) else leaf, tree, is_leaf=is_in_codes)
 
 
 def dequantize(tree: PyTree) -> PyTree:
     """Decodes every `QTensor` of a tree, turned or not, and leaves the rest; the inverse of `quantize_params`."""
-    return jax.tree.map(lambda leaf: decode(upright(leaf)) if _is_in_codes(leaf) else leaf, tree, is_leaf=_is_in_codes)
+    return jax.tree.map(lambda leaf: decode(upright(leaf)) if is_in_codes(leaf) else leaf, tree, is_leaf=is_in_codes)
 
 
 def _turn(q: QTensor) -> Any:
@@ -90,6 +90,11 @@ def _turn(q: QTensor) -> Any:
 def is_turned(leaf: Any) -> bool:
     """Whether a leaf is a turned weight, for the `is_leaf` of `jax.tree.map`."""
     return isinstance(leaf, Turned)
+
+
+def is_in_codes(leaf: Any) -> bool:
+    """Whether a leaf is a `QTensor`, turned or not, for the `is_leaf` of `jax.tree.map`."""
+    return is_qtensor(leaf) or is_turned(leaf)
 
 
 def upright(leaf: Any) -> Any:
@@ -122,7 +127,3 @@ def straightened(fn: Callable, leaves: Sequence[Any]) -> Callable:
         return fn(*args, **kwargs)
 
     return straight
-
-
-def _is_in_codes(leaf: Any) -> bool:
-    return is_qtensor(leaf) or is_turned(leaf)

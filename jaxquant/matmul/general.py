@@ -12,7 +12,7 @@ from jaxquant.format import Format, int8
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import DimensionNumbers, as_it_lies, check_activations, make_dot
 from jaxquant.qtensor import QTensor, decode
-from jaxquant.turned import Turned, is_turned, swapped, upright
+from jaxquant.turned import Turned, is_in_codes, is_turned, swapped, upright
 
 
 def dot_general(
@@ -43,12 +43,12 @@ def dot_general(
     check_activations(activations, outliers)
     if weights is not None and not isinstance(rhs, QTensor | Turned):
         rhs = quantize(rhs, weights, axis=tuple(dimension_numbers[0][1]))
-    sides: list[Any] = [side if _is_in_codes(side) else jnp.asarray(side) for side in (lhs, rhs)]
+    sides: list[Any] = [side if is_in_codes(side) else jnp.asarray(side) for side in (lhs, rhs)]
     left, right = sides
-    if _is_in_codes(left) and _is_in_codes(right):
+    if is_in_codes(left) and is_in_codes(right):
         left = decode(upright(left))
-    first = _is_in_codes(left)
-    if not (first or _is_in_codes(right)):
+    first = is_in_codes(left)
+    if not (first or is_in_codes(right)):
         options = {} if out_sharding is None else {"out_sharding": out_sharding}
         return jax.lax.dot_general(left, right, dimension_numbers, precision, preferred_element_type, **options)
     x, weight = (right, left) if first else (left, right)
@@ -57,7 +57,3 @@ def dot_general(
     dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)
     out = apply(make_dot(numbers, first, (activations, outliers), precision, dtype, memory), x, q)
     return out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)
-
-
-def _is_in_codes(side: Any) -> bool:
-    return isinstance(side, QTensor | Turned)
