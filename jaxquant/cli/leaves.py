@@ -1,7 +1,5 @@
 """The arrays and bundles of a checkpoint by name, whoever wrote it, one at a time."""
 
-import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,11 @@ from typing import Any
 import jax
 
 from jaxquant.errors import FileError
-from jaxquant.files import load_gguf, load_metadata, load_safetensors
+from jaxquant.files import load_gguf, load_safetensors
 from jaxquant.files.arrays import array_of
-from jaxquant.files.checkpoint import inside
 from jaxquant.files.container import Container, open_container
 from jaxquant.files.description import leaves, rebuild
-from jaxquant.files.load import unsealed
+from jaxquant.files.load import description, places
 from jaxquant.params import is_bundle
 from jaxquant.trace import path_name
 
@@ -50,15 +47,11 @@ def _named(path: tuple[Any, ...], tree: Any) -> Leaves:
 def _ours(container: Container) -> Leaves:
     """The leaves of a file of `save`'s, in its order; an array on two paths is read twice."""
     path = container.path
-    load_metadata(path)  # what is wrong with the description as a whole, it says
-    described = json.loads(unsealed(container, "jaxquant"))
-    opened = functools.cache(lambda file: open_container(inside(path.parent, file)))
+    described = description(container)
+    place = places(container, described["tensors"])
 
     def read(name: str) -> Any:
-        entry = described["tensors"].get(name)
-        if not isinstance(entry, dict) or not isinstance(file := entry.get("file", ""), str):
-            raise FileError(f"{path}: its description has no tensor {name[:80]!r}.")
-        source = opened(file) if file else container
+        entry, source = place(name)
         array = array_of(name, entry, source)
         source.release()  # else all that was read stays mapped until the last leaf
         return array

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +54,27 @@ def _tree(container: Container) -> PyTree:
 
 
 def _read(container: Container) -> PyTree:
-    described = _description(container)
-    tensors, path = described["tensors"], container.path
+    described = description(container)
+    place = places(container, described["tensors"])
+    read = functools.cache(lambda name: array_of(name, *place(name)))
+    try:
+        return rebuild(described["tree"], read, container.path)
+    except RecursionError as error:
+        raise FileError(f"{container.path}: its tree is too deep.") from error
+
+
+def places(container: Container, tensors: Mapping[str, Any]) -> Callable[[str], tuple[Mapping[str, Any], Container]]:
+    """From the name of an array to its entry in the description and the file that it lies in, which is opened once."""
+    path = container.path
     opened = functools.cache(lambda file: open_container(inside(path.parent, file)))
 
-    @functools.cache
-    def read(name: str) -> Any:
+    def place(name: str) -> tuple[Mapping[str, Any], Container]:
         entry = tensors.get(name)
         if not isinstance(entry, dict) or not isinstance(file := entry.get("file", ""), str):
             raise FileError(f"{path}: its description has no tensor {name[:80]!r}.")
-        return array_of(name, entry, opened(file) if file else container)
+        return entry, opened(file) if file else container
 
-    try:
-        return rebuild(described["tree"], read, path)
-    except RecursionError as error:
-        raise FileError(f"{path}: its tree is too deep.") from error
+    return place
 
 
 def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -77,13 +83,13 @@ def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ChecksumError, FileError, OSError: as `load`.
     """
-    return _description(open_container(path))["metadata"]
+    return description(open_container(path))["metadata"]
 
 
 def shards(path: Path) -> set[str]:
     """The files of `save`'s own naming that a checkpoint has beside it; none where there is no checkpoint."""
     try:
-        tensors = _description(open_container(path))["tensors"].values()
+        tensors = description(open_container(path))["tensors"].values()
     except (FileError, OSError):
         return set()
     files = {entry.get("file") for entry in tensors if isinstance(entry, dict)}
@@ -120,7 +126,12 @@ def unsealed(container: Container, name: str) -> str:
     return text
 
 
-def _description(container: Container) -> dict[str, Any]:
+def description(container: Container) -> dict[str, Any]:
+    """What a file of `save`'s says of its tree.
+
+    Raises:
+      ChecksumError, FileError: it is damaged, or of a newer version.
+    """
     try:
         described = json.loads(unsealed(container, "jaxquant"))
     except (ValueError, RecursionError) as error:
