@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import found, started
 from test_files import same
 
 import jaxquant as jq
@@ -237,6 +237,5 @@ print(peak() - idle)
 def test_what_is_held_is_the_codes_and_little_beside_them(tmp_path):
     leaf = np.ones((16384, 4096), jnp.bfloat16)  # 134 MB; the whole in one piece takes five times that
     write_container(tmp_path / "src.safetensors", {"a.weight": leaf}, {})
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "src.safetensors"), str(tmp_path / "q.safetensors")]
-    held = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    (held,) = found(started(PEAK, str(tmp_path / "src.safetensors"), str(tmp_path / "q.safetensors")))
     assert held < 1.5 * leaf.nbytes

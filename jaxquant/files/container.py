@@ -94,7 +94,8 @@ class Container:
 
     def release(self) -> None:
         """Lets the pages that were read leave memory; those that are read again come from the disk again."""
-        self.mapped.madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap, "MADV_DONTNEED"):  # there is none on Windows
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_container(path: str | os.PathLike) -> Container:

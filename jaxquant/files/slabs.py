@@ -45,7 +45,7 @@ def in_slabs(read: Callable[[], Float[np.ndarray, "..."]], axis: int, encode: Ca
     """What `encode` gives of the whole leaf, bit for bit, in arrays of numpy.
 
     Args:
-      read: gives the leaf; it is asked anew for each slab, so that the pages of a mapped file leave memory.
+      read: gives the leaf; it is asked anew for each slab, so that it can let the pages of the last one leave memory.
       axis: an axis that no scale spans.
       encode: the codes of a slab.
     """

@@ -179,9 +179,12 @@ def _tree(nodes: Mapping[tuple[str, ...], Node]) -> Node:
 
 
 def _leaf(name: str, plan: Plan) -> Any:
+    # In a map of its own: the pages that were read leave memory with it, or before each slab.
+    source = open_container(plan.source.places[name].path)
+
     def read() -> np.ndarray:
-        # In a map of its own: the pages that were read leave memory with it.
-        return open_container(plan.source.places[name].path).read(name)
+        source.release()
+        return source.read(name)
 
     def encode(array: Array) -> QTensor:
         return quantize_params({path: array}, plan.quantizer, stats=plan.stats, where=lambda *_: True)[path]
