@@ -21,12 +21,15 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from llama import KVCache, Llama, LlamaConfig, attend, generate_step
+from generation import generate, generate_step
+from llama import KVCache, Llama, LlamaConfig, attend, fused
 from llama_gguf import fetch_smollm2, load_llama
 
 import jaxquant as jq
 
-LENGTH, RUNS, SECONDS = 640, 31, 60
+LENGTH, AT_ONCE, RUNS, SECONDS = 640, 8, 31, 60
+
+IN_A_LOOP = "step of a loop on the device"
 
 
 def linear_layers(config: LlamaConfig, params: Any, x: jax.Array) -> jax.Array:
@@ -34,9 +37,8 @@ def linear_layers(config: LlamaConfig, params: Any, x: jax.Array) -> jax.Array:
     tree = params["params"]
     for layer in range(config.layers):
         attention, mlp = tree[f"block_{layer}"]["attention"], tree[f"block_{layer}"]["mlp"]
-        query, key, value = (x @ attention[name]["kernel"] for name in ("query", "key", "value"))
-        x = (query + key[..., :1] + value[..., :1]) @ attention["output"]["kernel"]
-        x = (x @ mlp["gate"]["kernel"] + x @ mlp["up"]["kernel"]) @ mlp["down"]["kernel"]
+        x = (x @ attention["query_key_value"]["kernel"])[..., : config.width] @ attention["output"]["kernel"]
+        x = (x @ mlp["gate_up"]["kernel"])[..., : config.hidden] @ mlp["down"]["kernel"]
     return x @ tree["embed"]["embedding"].T
 
 
@@ -57,11 +59,12 @@ def operations(compiled: Any) -> int:
 
 def parts(config: LlamaConfig, params: Any, serve: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The compiled programs of one way to serve the model, with their arguments."""
-    cache = KVCache.empty(config, 1, LENGTH)
+    model, cache = serve(Llama(config).apply), KVCache.empty(config, 1, LENGTH)
     token, x = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, config.width))
     queries = jnp.ones((1, 1, config.heads, config.head_width))
     programs = {
-        "whole step": (functools.partial(generate_step, serve(Llama(config).apply)), (params, token, cache)),
+        "whole step": (functools.partial(generate_step, model), (params, token, cache)),
+        IN_A_LOOP: (functools.partial(generate, model, count=AT_ONCE), (params, token, cache)),
         "linear layers": (serve(functools.partial(linear_layers, config)), (params, x)),
         "attention": (functools.partial(attentions, config), (cache, queries)),
     }
@@ -71,7 +74,7 @@ def parts(config: LlamaConfig, params: Any, serve: Any) -> dict[str, tuple[Any, 
 def main() -> None:
     """Prints milliseconds and operations of each part."""
     options, console = measure.options(__doc__, "decoding", RUNS, SECONDS).parse_args(), Console()
-    config, params = load_llama(fetch_smollm2())
+    config, params = fused(*load_llama(fetch_smollm2()))
     served = {
         "float32": parts(config, params, lambda fn: fn),
         "W8A8 turned": parts(config, jq.turned(jq.quantize_params(params)), jq.quantized),
@@ -82,6 +85,7 @@ def main() -> None:
         for part, (program, args) in programs.items()
     }
     times = measure.medians(calls, options.runs, options.seconds)
+    times = {name: seconds / (AT_ONCE if name.endswith(IN_A_LOOP) else 1) for name, seconds in times.items()}
     counts = {f"{name}, {part}": operations(served[name][part][0]) for name in served for part in served[name]}
     shown = Table("one token", title=measure.title(f"SmolLM2-135M, a cache of {LENGTH}"))
     for heading in ("ms", "operations"):

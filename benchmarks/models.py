@@ -5,9 +5,9 @@ python benchmarks/models.py mlp --runs 5
 python benchmarks/models.py smollm2 --runs 3
 
 The MLP is 4 x (1024 -> 4096 -> 1024) in Flax, and Qwix quantizes the same module. SmolLM2 reads 494 tokens of
-documentation at once and then decodes 64, greedily, one at a time, as `examples/smollm2.py` does; llama.cpp does the
-same with the file those weights are from, and with that file's weights written as Q8_0 and Q4_0, on as many threads.
-It makes the logits of a prompt's last token only, where our example makes those of every token.
+documentation at once, for the logits of the last, and then decodes 64 one after the other in a loop on the device, as
+`examples/smollm2.py` does; llama.cpp does the same with the file those weights are from, and with that file's weights
+written as Q8_0 and Q4_0, on as many threads.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from llama import KVCache, LayerCache, Llama, generate_step, is_kernel
+from generation import generate, generate_step
+from llama import KVCache, LayerCache, Llama, fused, is_kernel
 from llama_gguf import fetch_smollm2, load_llama, load_tokenizer
 from smollm2 import ARITHMETIC, held_out_text
 
@@ -120,26 +121,23 @@ def requantized(path: Path, kind: GGMLQuantizationType) -> Path:
 def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """SmolLM2, its prompt and its decoding."""
     path = fetch_smollm2()
-    config, params = load_llama(path)
+    config, params = fused(*load_llama(path))
     tokens = load_tokenizer(path).encode(held_out_text(), add_special_tokens=False).ids[:PROMPT]
     prompt = jnp.asarray([tokens], jnp.int32)
 
     def contender(apply: Callable[..., Any], params: Any, layer: Callable[..., Any] = LayerCache.empty) -> tuple:
-        step = jax.jit(functools.partial(generate_step, apply), donate_argnums=2)
+        read = jax.jit(functools.partial(generate_step, apply), donate_argnums=2)
+        decode = jax.jit(functools.partial(generate, apply, count=STEPS), donate_argnums=2)
         logits = jax.jit(lambda params, tokens: apply(params, tokens)[0][0, -1])
-
-        def decode(token: jax.Array, cache: KVCache) -> None:
-            for _ in range(STEPS):
-                token, cache = jax.block_until_ready(step(params, token, cache))
 
         def one() -> dict[str, float]:
             empty = jax.block_until_ready(KVCache.empty(config, 1, PROMPT + STEPS, layer))
-            state, reading = measure.timed(lambda: step(params, prompt, empty))
-            return {"prompt": reading, "decode": measure.timed(lambda: decode(*state))[1]}
+            state, reading = measure.timed(lambda: read(params, prompt, empty))
+            return {"prompt": reading, "decode": measure.timed(lambda: decode(params, *state))[1]}
 
         return one, lambda: logits(params, prompt)
 
-    apply = Llama(config).apply
+    apply = Llama(config, last=True).apply
     int8 = jq.quantize_params(params, jq.int8)
     # The head stays in int8, as it does in the file that llama.cpp reads.
     int4 = jq.quantize_params(jq.quantize_params(params, jq.int4(group=64), where=is_kernel), jq.int8, where=is_table)

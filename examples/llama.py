@@ -7,6 +7,7 @@ Two ways to call the model, with the same parameters:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class LlamaConfig:
       rope_factors: what each rotary frequency is divided by, or None (Llama 3.1 stretches its context this way).
       norm_eps: what RMSNorm adds to the mean square.
       tied: whether the output head is the embedding.
+      fused: whether the matrices that read the same vector are one, as `fused` makes them.
     """
 
     vocab: int
@@ -47,6 +49,7 @@ class LlamaConfig:
     rope_factors: tuple[float, ...] | None = None
     norm_eps: float = 1e-5
     tied: bool = True
+    fused: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -125,6 +128,14 @@ def attend(q: HeadArray, k: HeadArray, v: HeadArray, position: Int[Array, ""]) -
     return mixed.reshape(batch, heads, time, head_width).swapaxes(1, 2)
 
 
+def projections(x: Array, widths: dict[str, int], fused: bool) -> list[Array]:
+    """The products of a vector with several matrices, or with all of them side by side in one, inside a module."""
+    if not fused:
+        return [nn.Dense(width, use_bias=False, name=name)(x) for name, width in widths.items()]
+    together = nn.Dense(sum(widths.values()), use_bias=False, name="_".join(widths))(x)
+    return jnp.split(together, list(itertools.accumulate(widths.values()))[:-1], axis=-1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -134,15 +145,11 @@ class Attention(nn.Module):
     def __call__(self, x, past, position):
         c = self.config
         batch, time, _ = x.shape
-
-        def heads(name: str, count: int) -> HeadArray:
-            y = nn.Dense(count * c.head_width, use_bias=False, name=name)(x)
-            return y.reshape(batch, time, count, c.head_width)
-
+        counts = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
+        widths = {name: count * c.head_width for name, count in counts.items()}
+        q, k, v = (y.reshape(batch, time, -1, c.head_width) for y in projections(x, widths, c.fused))
         positions = position + jnp.arange(time)
-        q = rope(heads("query", c.heads), positions, c)
-        k = rope(heads("key", c.kv_heads), positions, c)
-        v = heads("value", c.kv_heads)
+        q, k = rope(q, positions, c), rope(k, positions, c)
         past = LayerCache(k, v) if past is None else past.append(k, v, position)
         mixed = past.attend(q, position).reshape(batch, time, -1)
         return nn.Dense(c.width, use_bias=False, name="output")(mixed), past
@@ -155,9 +162,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        gate = nn.Dense(self.config.hidden, use_bias=False, name="gate")(x)
-        up = nn.Dense(self.config.hidden, use_bias=False, name="up")(x)
-        return nn.Dense(self.config.width, use_bias=False, name="down")(nn.silu(gate) * up)
+        c = self.config
+        gate, up = projections(x, {"gate": c.hidden, "up": c.hidden}, c.fused)
+        return nn.Dense(c.width, use_bias=False, name="down")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -212,36 +219,24 @@ def is_kernel(path: str, array: Any) -> bool:
     return "kernel" in path
 
 
+def fused(config: LlamaConfig, params: Any) -> tuple[LlamaConfig, Any]:
+    """The same model with query, key and value in one matrix, and gate and up: fewer products, for serving."""
+
+    def joined(tree: dict[str, Any], *names: str) -> dict[str, Any]:
+        kernel = jnp.concatenate([tree[name]["kernel"] for name in names], axis=1)
+        return {key: value for key, value in tree.items() if key not in names} | {"_".join(names): {"kernel": kernel}}
+
+    def block(tree: dict[str, Any]) -> dict[str, Any]:
+        attention, mlp = joined(tree["attention"], "query", "key", "value"), joined(tree["mlp"], "gate", "up")
+        return tree | {"attention": attention, "mlp": mlp}
+
+    tree = params["params"]
+    blocks = {name: block(part) for name, part in tree.items() if name.startswith("block_")}
+    return dataclasses.replace(config, fused=True), {"params": tree | blocks}
+
+
 def first_blocks(config: LlamaConfig, params: Any, count: int) -> tuple[LlamaConfig, Any]:
     """The model cut off after some blocks: nonsense of the right shapes, for a quick look at what runs on it."""
     later = {f"block_{layer}" for layer in range(count, config.layers)}
     kept = {name: tree for name, tree in params["params"].items() if name not in later}
     return dataclasses.replace(config, layers=count), {"params": kept}
-
-
-def generate_step(
-    forward: Callable[..., Any],
-    params: Any,
-    tokens: Int[Array, "batch time"],
-    cache: KVCache,
-    temperature: float = 0.0,
-    key: Array | None = None,
-) -> tuple[Int[Array, "batch 1"], KVCache]:
-    """Reads `tokens` and chooses the next one: the likeliest, or a sample if a temperature and a key are given.
-
-    Args:
-      forward: `model.apply`, or anything that is called like it; of a model with `last=True`, if a prompt is long.
-      params: the parameters `forward` takes.
-      tokens: a whole prompt, or the token chosen by the step before.
-      cache: what came before; jit this with the cache donated and it is updated in place.
-      temperature: static; 0 is greedy.
-      key: a random key, needed when the temperature is not 0.
-
-    Returns:
-      The next token, ready to be fed to the next step, and the cache with `tokens` in it.
-    """
-    logits, cache = forward(params, tokens, cache)
-    last = logits[:, -1:]
-    if temperature == 0.0:
-        return jnp.argmax(last, axis=-1).astype(jnp.int32), cache
-    return jax.random.categorical(key, last / temperature).astype(jnp.int32), cache

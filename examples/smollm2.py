@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from command_line import ended
-from llama import KVCache, LayerCache, Llama, LlamaConfig, generate_step
+from generation import generate, generate_step
+from llama import KVCache, LayerCache, Llama, LlamaConfig, fused
 from llama_gguf import InputError, chat_prompt, fetch_smollm2, load_llama, load_tokenizer, stream
 from rich.console import Console, Group
 from rich.live import Live
@@ -48,7 +49,8 @@ CACHES = {
     "int4": functools.partial(jq.KVCache.empty, format=jq.int4(group=16, symmetric=False)),
 }
 ANSWER = 100
-DECODE_STEPS = 16
+# How many tokens are decoded before the next look at them, and how often that is timed.
+AT_ONCE, TIMED = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +61,17 @@ class Contender:
       name: the format's name.
       params: the parameters, quantized or not.
       forward: `model.apply`, quantized or not, compiled.
-      step: `generate_step` of the same, compiled, with the cache updated in place.
-      empty_cache: makes a cache for `step`.
+      read: `generate_step` of the same, compiled, with the cache updated in place.
+      decode: `generate` of the same, likewise.
+      empty_cache: makes a cache for them.
       decode_speed: tokens a second, one at a time.
     """
 
     name: str
     params: Any
     forward: Callable[..., Any]
-    step: Callable[..., Any]
+    read: Callable[..., Any]
+    decode: Callable[..., Any]
     empty_cache: Callable[[], KVCache]
     decode_speed: float
 
@@ -89,26 +93,27 @@ class Score:
 
 
 def prepare(name: str, config: LlamaConfig, params: Any, layer: Callable[..., Any]) -> Contender:
-    """Quantizes the model, compiles its two programs (a whole window, one token) and times the second."""
+    """Quantizes the model, compiles its two programs (a whole window, some tokens one by one) and times the second."""
     whole, last = Llama(config).apply, Llama(config, last=True).apply
     if (chosen := FORMATS[name]) is not None:
         whole, last = (jq.quantized(apply, **ARITHMETIC) for apply in (whole, last))
         # Turned: in the order in memory that a CPU reads int8 fastest.
         params = jq.turned(jq.quantize_params(params, chosen))
     forward = jax.jit(whole)
-    step = jax.jit(lambda params, tokens, cache: generate_step(last, params, tokens, cache), donate_argnums=2)
+    read = jax.jit(functools.partial(generate_step, last), donate_argnums=2)
+    decode = jax.jit(functools.partial(generate, last, count=AT_ONCE), donate_argnums=2)
 
     def empty_cache() -> KVCache:
         return KVCache.empty(config, 1, CACHE, layer)
 
     jax.block_until_ready(forward(params, jnp.zeros((1, WINDOW), jnp.int32)))
-    token, cache = step(params, jnp.zeros((1, 1), jnp.int32), empty_cache())
+    tokens, cache = decode(params, jnp.zeros((1, 1), jnp.int32), empty_cache())
     seconds = []
-    for _ in range(DECODE_STEPS):
+    for _ in range(TIMED):
         start = time.perf_counter()
-        token, cache = jax.block_until_ready(step(params, token, cache))
+        tokens, cache = jax.block_until_ready(decode(params, tokens[:, -1:], cache))
         seconds.append(time.perf_counter() - start)
-    return Contender(name, params, forward, step, empty_cache, 1 / float(np.median(seconds)))
+    return Contender(name, params, forward, read, decode, empty_cache, AT_ONCE / float(np.median(seconds)))
 
 
 @jax.jit
@@ -176,14 +181,15 @@ def answer(contender: Contender, tokenizer: Tokenizer, prompt: str, console: Con
     if len(tokens) + ANSWER > CACHE:
         raise InputError(f"the prompt is {len(tokens)} tokens long; at most {CACHE - ANSWER} fit. Shorten it.")
     with console.status(f"Reading {len(tokens)} tokens"):
-        step = contender.step(contender.params, jnp.asarray([tokens]), contender.empty_cache())
-        token, cache = jax.block_until_ready(step)
+        state = contender.read(contender.params, jnp.asarray([tokens]), contender.empty_cache())
+        chosen, cache = jax.block_until_ready(state)
     stop = tokenizer.token_to_id("<|im_end|>")
-    for _ in range(ANSWER):
-        if (chosen := int(token[0, 0])) == stop:
-            return
-        yield chosen
-        token, cache = contender.step(contender.params, token, cache)
+    for _ in range(ANSWER // AT_ONCE):
+        for token in chosen[0].tolist():
+            if token == stop:
+                return
+            yield token
+        chosen, cache = contender.decode(contender.params, chosen[:, -1:], cache)
 
 
 def text_windows(tokenizer: Tokenizer, text: str, count: int) -> jax.Array:
@@ -224,7 +230,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Loads the model, shows the table, streams the answer."""
     text = options.text.read_text(encoding="utf-8") if options.text else held_out_text()
     path = options.model or fetch_smollm2()
-    config, params = load_llama(path)
+    config, params = fused(*load_llama(path))
     with console.status("Building the tokenizer"):
         tokenizer = load_tokenizer(path)
     windows = text_windows(tokenizer, text, options.windows)

