@@ -118,6 +118,11 @@ class Format:
         return " ".join(words + ([] if self.symmetric else ["affine"]))
 
 
+def holds(dtype, bits: int) -> bool:
+    """Whether an array of this dtype holds codes of this width."""
+    return bits in _CONTAINERS and (dtype == _CONTAINERS[bits] or (bits == 8 and dtype in _FLOATS))
+
+
 def code_name(bits: int, dtype, levels) -> str:
     """What codes of this kind are called: `int4`, `float8_e4m3fn`, `nf4`."""
     if levels is not None:

@@ -1,6 +1,7 @@
 """`report`: what quantizing did to every parameter, as a table and as records."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxquant import table
+from jaxquant.encode import fit, write
 from jaxquant.errors import NoMatchError
 from jaxquant.format import Format
-from jaxquant.matrices import Matrices, write
-from jaxquant.params import axes_of
+from jaxquant.learned import plain
+from jaxquant.matrices import Matrices
+from jaxquant.params import axes_of, is_bundle
 from jaxquant.qtensor import QTensor, decode
-from jaxquant.quantizers import rtn
 from jaxquant.stats import Stats, output_error
 from jaxquant.trace import path_name
 from jaxquant.transforms.explain import explain
@@ -46,7 +48,8 @@ class Row:
       nbytes: true bytes.
       sqnr: `10 log10(|w|^2 / |w - decode(q)|^2)`, in dB.
       output_sqnr: the same of the output, `tr(W^T H W) / tr(D^T H D)`; None without a Gram matrix.
-      of_nearest: the output's (or the weight's) squared error as a share of that of nearest rounding.
+      of_nearest: the output's (or the weight's) squared error as a share of that of nearest rounding to the same codes
+        or levels, in the same groups, in the whole range of each group.
       arithmetic: how its matmuls are computed.
       notes: what fell back, and why.
     """
@@ -101,7 +104,8 @@ def report(
     Args:
       fn: the function, not wrapped in `quantized`.
       params: the float parameters.
-      qparams: what `quantize_params` made of them; a turned weight has the row of the upright one.
+      qparams: what `quantize_params` made of them, or what `load_gguf` and the like read; a turned weight has the row
+        of the upright one, and one with an adapter that of the codes beside it.
       stats: what `calibrate` gave, for the error of the outputs.
       *args: the other arguments of `fn` (shapes are enough), for how its matmuls are computed; left out, so is that.
       activations: as for `quantized`.
@@ -128,16 +132,15 @@ def report(
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_in_codes)
-    return {path_name(path): leaf for path, leaf in leaves}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_bundle)
+    return {path_name(path): plain(leaf) for path, leaf in leaves}
 
 
 def _row(path: str, w: Array, q: QTensor, stats: Stats | None, axes: Matrices, arithmetic: str, reason: str) -> Row:
-    nearest = write(w, None, quantizer=rtn(format_of(q, axes)), axes=axes)
     known = stats if stats is not None and stats.gram is not None else None
-    signal, error, output, output_error, plain = (float(x) for x in _errors(w, q, nearest, known, axes))
+    signal, error, output, output_error, nearest = (float(x) for x in _errors(w, q, known, axes))
     best = output_error if known is not None else error
-    same = not best < plain * (1 - 1e-6)  # also where it is no number
+    same = not abs(best - nearest) > 1e-6 * nearest  # also where it is no number
     notes = [reason] if reason else []
     notes += ["nearest rounding is kept"] if same and (q.transform or known is not None) else []
     return Row(
@@ -148,16 +151,16 @@ def _row(path: str, w: Array, q: QTensor, stats: Stats | None, axes: Matrices, a
         nbytes=q.nbytes,
         sqnr=_decibels(signal, error),
         output_sqnr=None if known is None else _decibels(output, output_error),
-        of_nearest=best / plain if plain else 1.0,
+        of_nearest=best / nearest if nearest else 1.0,
         arithmetic=arithmetic,
         notes="; ".join(notes),
     )
 
 
-def _errors(w: Array, q: QTensor, nearest: QTensor, stats: Stats | None, axes: Matrices) -> tuple[Array, ...]:
+def _errors(w: Array, q: QTensor, stats: Stats | None, axes: Matrices) -> tuple[Array, ...]:
     """`|w|^2`, `|D|^2`, `tr(W^T H W)`, `tr(D^T H D)`, and the last of nearest rounding."""
     w = w.astype(jnp.float32)
-    d, r = (axes.take(w - decode(one.astype(jnp.float32))) for one in (q, nearest))
+    d, r = axes.take(w - decode(q.astype(jnp.float32))), axes.take(_rest(w, q))
     measure = output_error
     for _ in axes.stack:
         measure = jax.vmap(measure)
@@ -170,20 +173,25 @@ def _errors(w: Array, q: QTensor, nearest: QTensor, stats: Stats | None, axes: M
     )
 
 
-def format_of(q: QTensor, axes: Matrices) -> Format:
-    """The format a `QTensor` was written in, read off its shapes."""
-    groups = math.prod(q.scale.shape[a] for a in axes.inputs)
-    inputs = math.prod(q.shape[a] for a in axes.inputs)
-    integer = jnp.issubdtype(q.codes.dtype, jnp.integer)
-    per_channel = groups > 1 or any(q.scale.shape[a] > 1 for a in axes.outputs)
-    return Format(
-        bits=q.bits,
-        group=inputs // groups if groups > 1 else None,
-        symmetric=q.zero is None,
-        per_channel=per_channel,
-        dtype=None if integer else q.codes.dtype,
-        levels=q.levels,
-    )
+@jax.jit
+def _rest(w: Array, q: QTensor) -> Array:
+    """What nearest rounding leaves of an array, in the groups that the scale of a `QTensor` is for."""
+    split = [size for groups, n in zip(q.scale.shape, w.shape, strict=True) for size in (groups, n // max(groups, 1))]
+    members, over = w.reshape(split), tuple(range(1, 2 * w.ndim, 2))
+    if q.levels is None:
+        dtype = None if q.is_integer else q.codes.dtype
+        format = Format(bits=q.bits, symmetric=q.zero is None, dtype=dtype)
+        rest = members - decode(write(members, *fit(members, format, over), format))
+    else:
+        rest = _rest_of_levels(members, over, q.levels)
+    return rest.reshape(w.shape)
+
+
+def _rest_of_levels(members: Array, over: tuple[int, ...], levels: tuple[float, ...]) -> Array:
+    """The same for a codebook. Those of files reach further than a `Format`'s, or have two zeros."""
+    scale = jnp.max(jnp.abs(members), over, keepdims=True, initial=0.0) / max(map(abs, levels))
+    nearer = lambda a, b: jnp.where(jnp.abs(b) < jnp.abs(a), b, a)  # noqa: E731
+    return functools.reduce(nearer, (members - level * scale for level in levels))
 
 
 def _decibels(signal: float, error: float) -> float:
