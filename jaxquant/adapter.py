@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxquant.errors import ClosureError, FormatError
+from jaxquant.format import holds
 from jaxquant.qtensor import decode, is_qtensor
 from jaxquant.turned import is_turned, upright
 
@@ -53,9 +55,20 @@ class Adapted:
         return self.base.shape
 
     @property
+    def ndim(self) -> int:
+        """Its rank."""
+        return len(self.base.shape)
+
+    @property
     def dtype(self) -> Any:
         """The dtype of the array this stands for."""
         return self.base.dtype
+
+    def __jax_array__(self):
+        raise ClosureError(
+            f"a weight of shape {self.shape} with an adapter was used as an array: call jq.quantized(fn) with the "
+            "tree as an argument, or jq.merge_lora(tree) first."
+        )
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scaling"])
@@ -118,11 +131,21 @@ def is_adapted(leaf: Any) -> bool:
 
 
 def entered(leaf: Any) -> Any:
-    """A leaf as a walk takes it: an adapter taken apart, a turned weight as it is stored, scales in codes decoded."""
+    """A leaf as a walk takes it: an adapter taken apart, a turned weight as it is stored, scales in codes decoded.
+
+    Raises:
+      FormatError: the codes were cast to another dtype.
+    """
     if is_turned(leaf):
-        return leaf.stored.settled
+        return entered(leaf.stored)
     if is_adapted(leaf):
         return Sides.of(dataclasses.replace(leaf, base=entered(upright(leaf.base))))
+    if is_qtensor(leaf) and not holds(leaf.codes.dtype, leaf.bits):
+        raise FormatError(
+            f"a QTensor of shape {leaf.shape} has its {leaf.bits}-bit codes in {leaf.codes.dtype}: a cast of the whole "
+            "tree casts codes too. Map over `is_leaf=lambda leaf: isinstance(leaf, jq.QTensor)`; its own `astype` "
+            "says what it decodes to."
+        )
     return leaf.settled if is_qtensor(leaf) else leaf
 
 

@@ -147,8 +147,8 @@ def fit(
 
 
 def _positive(scale: Array, spread: Array) -> Array:
-    """1 where there is nothing but zeros, and never a denormal, which XLA would flush to zero."""
-    return jnp.where(spread > 0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), 1.0)
+    """1 where there is nothing but zeros, never a denormal, which XLA would flush to zero, and NaN where a NaN is."""
+    return jnp.where(spread == 0, 1.0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
 
 
 def _grouped(w: Array, format: Format, axes: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.adapter import is_adapted
 from jaxquant.encode import with_master, write
-from jaxquant.errors import OptionError
+from jaxquant.errors import ClosureError, OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 
@@ -38,6 +38,9 @@ class Stepped:
     weight: Any
     scale: Any
     zero: Any
+
+    def __jax_array__(self):
+        _used_as_array(self)
 
     def grid(self, q: QTensor, format: Format) -> Grid:
         """The scale, whatever the quantizer would choose."""
@@ -62,11 +65,21 @@ class Clipped:
     weight: Any
     clip: Any
 
+    def __jax_array__(self):
+        _used_as_array(self)
+
     def grid(self, q: QTensor, format: Format) -> Grid:
         """A share of the scale that the quantizer chooses for the weights as they are now."""
         del format
         scale, zero = jax.lax.stop_gradient(_grid_of(q))
         return jnp.maximum(jnp.abs(self.clip), 1e-3) * scale, zero
+
+
+def _used_as_array(leaf: "Stepped | Clipped"):
+    raise ClosureError(
+        f"a weight of shape {leaf.weight.shape} with a learned range was used as an array: train it with "
+        "jq.qat(fn, format), and serve jq.quantize_params(tree, format) with jq.quantized(fn)."
+    )
 
 
 def stepped(weight: Float[Array, "..."], q: QTensor) -> Stepped:

@@ -54,17 +54,28 @@ class Matrices:
         """Matrices as the array they came from.
 
         Raises:
-          ShapeError: groups of inputs do not divide the last axis of the inputs.
+          ShapeError: groups or blocks of inputs do not divide the last axis of the inputs.
         """
         moved = tuple(shape[a] for a in self.order)
         whole = views.reshape(q, q.shape, moved)
         if whole is None:
             last = moved[len(self.stack) + len(self.inputs) - 1]
+            inputs = f"the {last} inputs along axis {self.inputs[-1]} of shape {tuple(shape)}"
+            if views.reshape(q.core, q.shape, moved) is None:
+                raise ShapeError(
+                    f"the groups of {q.description} do not divide {inputs}; groups that do: {group_sizes(last)}."
+                )
             raise ShapeError(
-                f"the groups of {q.description} do not divide the {last} inputs along axis {self.inputs[-1]} of shape "
-                f"{tuple(shape)}; groups that do: {group_sizes(last)}."
+                f"{q.description}: its blocks of {_block(q)} inputs do not divide {inputs}; give a smaller `block` to "
+                "the quantizer that rotates or keeps inputs, or leave the parameter out with `where`."
             )
         return views.transpose(whole, [self.order.index(axis) for axis in range(len(shape))])
+
+
+def _block(q: QTensor) -> int:
+    """The longest block of inputs that is mixed, or that one is kept of."""
+    kept = 1 if q.kept is None else q.shape[-2] // q.kept.rows.shape[-2]
+    return max(q.blocks[-2], kept)
 
 
 def write(w: Float[Array, "..."], stats: Stats | None, *, quantizer: Quantizer, axes: Matrices) -> QTensor:

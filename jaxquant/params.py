@@ -38,6 +38,8 @@ _NO_MATRIX = re.compile(
     re.IGNORECASE,
 )
 
+_GUESSED = " Its inputs were guessed from its name: `stats=jq.calibrate(fn, params, shapes)` knows them."
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -173,7 +175,8 @@ def _encoder(
     try:
         where_it_lies = on_shards(encode, leaf, stats)
     except (ShapeError, StatsError, OptionError) as error:
-        raise type(error)(f"{path}: {error}") from None
+        guessed = stats is None and leaf.ndim > 2 and isinstance(error, ShapeError)
+        raise type(error)(f"{path}: {error}{_GUESSED if guessed else ''}") from None
     if not is_finite(leaf):
         raise NonFiniteError(first_nonfinite(jnp.asarray(leaf), path))
     return where_it_lies

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxquant.adapter import is_adapted, is_leaf
 from jaxquant.errors import OptionError, StatsError
 from jaxquant.stats import THRESHOLDS, Stats, quantile
 from jaxquant.trace import path_name
@@ -25,7 +26,7 @@ def static(qparams: PyTree, stats: Mapping[str, Stats], bound: Bound | None = No
     the `QTensor` like its scales, so it is stacked, sharded and saved with it.
 
     Args:
-      qparams: a tree with QTensors, turned or not.
+      qparams: a tree with QTensors, turned or not, with adapters beside them or not.
       stats: of their inputs. Where a quantizer transforms the inputs they have to be those after the transform, so
         calibrate the quantized tree: `calibrate(fn, qparams, batches, gram=False)`.
       bound: `largest` (the default), `percentile(99.9)` or `least_error(bits=8)`: from the statistics of one matrix to
@@ -35,12 +36,16 @@ def static(qparams: PyTree, stats: Mapping[str, Stats], bound: Bound | None = No
       StatsError: a weight in codes has no statistics, or those before its transform.
     """
     find = bound or largest
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_in_codes)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(qparams, is_leaf=is_leaf)
     named = [(path_name(path), leaf) for path, leaf in leaves]
-    return treedef.unflatten([_bounded(path, q, stats.get(path), find) if is_in_codes(q) else q for path, q in named])
+    return treedef.unflatten([_bounded(path, leaf, stats.get(path), find) for path, leaf in named])
 
 
 def _bounded(path: str, leaf: Any, stats: Stats | None, bound: Bound) -> Any:
+    if is_adapted(leaf):
+        return dataclasses.replace(leaf, base=_bounded(path, leaf.base, stats, bound))
+    if not is_in_codes(leaf):
+        return leaf
     q = leaf.stored if is_turned(leaf) else leaf
     if stats is None:
         raise StatsError(f"static: {path} has no statistics: calibrate with it, or it never meets a matmul.")

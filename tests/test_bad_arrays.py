@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tables import DTYPES, FORMATS, SAMPLE, SHAPE, as_shipped, block, limits, normal, same, spread, table
 
 import jaxquant as jq
-from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, ShapeError
+from jaxquant.errors import FormatError, NoMatchError, NonFiniteError, NotQuantizableError, ShapeError
 
 AFFINE = {name: FORMATS[name] for name in ("int8-affine-channel", "int4-affine-group", "int2-affine-tensor")}
 # The fewer the codes, the larger the scale: that of two bits is the largest weight itself.
@@ -109,6 +109,27 @@ def test_a_value_that_is_not_finite_is_named_with_its_index(make, bad, dtype):
     with pytest.raises(NonFiniteError) as error:
         make(w)
     assert "[2, 1]" in str(error.value) and str(np.float32(bad)) in str(error.value)
+
+
+@pytest.mark.parametrize("format", **table(SAMPLE))
+def test_under_jit_a_nan_makes_what_shares_its_scale_nan(format):
+    """Row: NaN where no error can be raised: all weights of its scale are NaN, and no other changes."""
+    w, at = normal(SHAPE), (37, 5)
+    spoiled, sizes = w.copy(), block(format, SHAPE)
+    spoiled[at] = np.nan
+    shared = np.zeros(SHAPE, bool)
+    shared[tuple(slice(a - a % n, a - a % n + n) for a, n in zip(at, sizes, strict=True))] = True
+    got = decode(jax.jit(lambda w: jq.quantize(w, format))(spoiled))
+    assert np.array_equal(got, np.where(shared, np.nan, decode(jq.quantize(w, format))), equal_nan=True)
+
+
+@pytest.mark.parametrize("format", **table(SAMPLE))
+def test_codes_that_were_cast_along_with_a_tree_are_refused(format):
+    """Row: codes in another dtype: an error that says what happened."""
+    q = jq.quantize(normal(SHAPE), format)
+    run = jq.quantized(lambda q, x: x @ q)
+    with pytest.raises(FormatError, match="codes in bfloat16: a cast of the whole tree casts codes too"):
+        run(jax.tree.map(lambda part: part.astype(jnp.bfloat16), q), normal((2, SHAPE[0])))
 
 
 @pytest.mark.parametrize("format", **table(SAMPLE))
@@ -313,6 +334,16 @@ def test_a_leaf_that_is_not_finite_is_named_with_path_and_index(bad, dtype):
     with pytest.raises(NonFiniteError) as error:
         jq.quantize_params(tree)
     assert "blocks/kernel" in str(error.value) and "[1, 2, 5]" in str(error.value)
+
+
+def test_a_group_that_does_not_divide_guessed_inputs_says_what_knows_them():
+    """Row: K % group != 0 along an axis that a name chose, in a kernel of rank 3: shapes alone tell the right one."""
+    tree, x = {"up": {"kernel": jnp.asarray(normal((64, 4, 8)))}}, jax.ShapeDtypeStruct((2, 64), jnp.float32)
+    with pytest.raises(ShapeError, match=r"up/kernel: group=32 .* guessed from its name: `stats=jq\.calibrate"):
+        jq.quantize_params(tree, jq.int4(group=32))
+    stats = jq.calibrate(lambda params, x: jnp.tensordot(x, params["up"]["kernel"], 1), tree, [x])
+    q = jq.quantize_params(tree, jq.int4(group=32), stats=stats)["up"]["kernel"]
+    assert q.scale.shape == (2, 4, 8)
 
 
 def test_what_is_left_alone_may_be_anything():

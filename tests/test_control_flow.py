@@ -116,6 +116,8 @@ def test_a_moved_weight_stays_in_codes_and_is_exact(name):
 
 DECODED = {
     "an operation without a rule": lambda w, x: x @ jnp.sin(w),
+    "a product with a number": lambda w, x: x @ (w * 2),
+    "a choice between it and a number": lambda w, x: x @ jnp.where(w > 0, w, 0.0),
     "two parameters at once": lambda w, x: x @ jnp.concatenate([w, w], 1),
     "reversed": lambda w, x: x @ w[::-1],
     "a parameter as the activations": lambda w, x: w.T @ w,
@@ -333,6 +335,21 @@ def test_control_flow_keeps_its_meaning(name):
 
 
 @every_flow
+def test_training_goes_through_control_flow(name):
+    """Law: the gradient of `qat` by a weight is that of the function at its codes, a user's own derivative included."""
+    if "while" in name:
+        return
+    x, w = normal(3, N), normal(*_SQUARE, seed=1)
+    run = jq.qat(lambda params, x: FLOW[name](params["w"], x), activations=None)
+
+    def gradient(fn, w):
+        return quickly_jitted(jax.grad(lambda w: jnp.sum(jax.tree.leaves(fn(w, x))[0])))(w)
+
+    got, expected = gradient(lambda w, x: run({"w": w}, x), w), gradient(FLOW[name], jq.dequantize(jq.quantize(w)))
+    assert np.allclose(got, expected, 1e-4, 1e-4)
+
+
+@every_flow
 def test_control_flow_keeps_weights_in_codes(name):
     """Law: every matmul with the weight in a body is integer arithmetic, and nowhere is the weight decoded."""
     x, q = normal(3, N), jq.quantize(normal(*_SQUARE, seed=1))
@@ -384,6 +401,16 @@ def test_shard_map_decodes_outside_with_a_warning():
     with pytest.warns(UserWarning, match=r"shard_map.*up"):
         out = jq.quantized(lambda params, x: inner(params["up"], x))(params, x)
     assert np.allclose(out, inner(jq.dequantize(params["up"]), x), 1e-6, 1e-6)
+
+
+def test_inside_a_shard_map_weights_stay_in_codes():
+    """Law: `quantized` on the shards is `quantized`, bit for bit, and no weight is decoded."""
+    x, q = normal(3, N), jq.quantize(normal(*_SQUARE, seed=1))
+    run = jq.quantized(lambda w, x: jnp.tanh(x @ w))
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("d")), "out_specs": PartitionSpec("d")}
+    inner = jax.shard_map(run, mesh=_MESH, check_vma=False, **specs)
+    assert np.array_equal(jax.jit(inner)(q, x), jax.jit(run)(q, x))
+    assert floats_of_size(inner, q.size, q, x) == []
 
 
 # Effects, names, arguments

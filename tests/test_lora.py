@@ -19,7 +19,7 @@ from tables import same
 
 import jaxquant as jq
 from jaxquant.adapter import Adapted, Adapter, is_leaf
-from jaxquant.errors import AdapterError, NoMatchError, OptionError
+from jaxquant.errors import AdapterError, NoMatchError, OptionError, StatsError
 
 RANK = 3
 BASES = {"float": None, "int8": jq.int8, "nf4": jq.nf4(group=8)}
@@ -200,3 +200,74 @@ def test_bases_are_quantized_under_their_adapters():
     close(first(trained(stirred(tree()), x)), first(jq.quantized(mlp)(stirred(under), x)))
     gradient = jax.grad(lambda tree: jnp.sum(trained(tree, x)))(stirred(tree()))["w1"]["kernel"]
     assert all(np.any(part != 0) for part in (gradient.base, gradient.adapter.a, gradient.adapter.b))
+
+
+QUANTIZERS = {"float": None, "int8": jq.int8, "rotated": jq.rotated(jq.rtn(jq.int8))}
+
+
+def equal(found, expected):
+    """Statistics of the same weights, to the rounding of a matmul, in which a program's fusions may differ."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize("turn", [lambda base: base, jq.turned], ids=["upright", "turned"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_statistics_are_those_of_the_base_with_the_adapter_at_work(quantizer, turn):
+    """Law: a fresh adapter changes none; after that, what is met first sees the same, what comes behind the merged."""
+    x, base = normal(5, WIDTH), PARAMS if quantizer is None else jq.quantize_params(PARAMS, quantizer)
+    adapters, _ = jq.split_lora(jq.add_lora(base, RANK, key=jax.random.key(0)))
+    fresh = jq.join_lora(adapters, turn(base))
+    expected = jq.calibrate(mlp, base, [x])
+    equal(jq.calibrate(mlp, fresh, [x]), expected)
+    merged = jq.merge_lora(jq.dequantize(stirred(fresh)))
+    mixed = {"w1": merged["w1"], "w2": base["w2"], "bias": merged["bias"]}
+    behind = jq.calibrate(mlp, mixed, [x])["w2/kernel"]
+    assert not np.allclose(behind.absmax, expected["w2/kernel"].absmax, rtol=0.01)
+    equal(jq.calibrate(mlp, stirred(fresh), [x]), {**expected, "w2/kernel": behind})
+
+
+def test_only_bases_that_were_chosen_are_observed():
+    """Law: `where` is asked of bases by the paths of the weights, never of what is beside them."""
+    heard = {}
+    where = lambda path, leaf: heard.update({path: leaf.shape}) or path.startswith("w2")  # noqa: E731
+    assert set(jq.calibrate(mlp, tree(), [normal(5, WIDTH)], where=where)) == {"w2/kernel"}
+    assert heard == {"w1/kernel": (WIDTH, 24), "w2/kernel": (24, 8), "bias": (1, 8)}
+
+
+@pytest.mark.parametrize(
+    "name", ["linen_transformer", "plain_scan", "equinox_cnn", "nnx_vmap", "plain_ragged_moe", "plain_moe"]
+)
+def test_every_kind_of_weight_is_observed_beside_its_adapter(name):
+    """Law: stacks, attention, convolutions, experts that are sorted or picked, whatever `quantized` makes of them."""
+    model = MODELS[name]()
+    adapted = jq.add_lora(model.params, RANK, key=jax.random.key(0))
+    expected = jq.calibrate(model.fn, model.params, [model.args])
+    equal(jq.calibrate(model.fn, adapted, [model.args]), expected)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_shapes_of_adapted_trees_give_zeros(quantizer):
+    x, base = normal(5, WIDTH), PARAMS if quantizer is None else jq.quantize_params(PARAMS, quantizer)
+    adapted = jq.add_lora(base, RANK, key=jax.random.key(0))
+    shapes, batch = jax.eval_shape(lambda: (adapted, x))
+    equal(jq.calibrate(mlp, shapes, [batch]), jax.tree.map(jnp.zeros_like, jq.calibrate(mlp, adapted, [x])))
+
+
+def test_an_adapted_tree_is_served_with_fixed_ranges():
+    """Law: a tree that is calibrated, fixed and run with its adapter gives `x @ base` in that range, and `x A B`."""
+    x, fn = normal(5, WIDTH), lambda params, x: x @ params["w"]
+    trained = stirred(jq.add_lora({"w": jq.quantize(weight(WIDTH, 24))}, RANK, key=jax.random.key(0)))
+    fixed = jq.static(trained, jq.calibrate(fn, trained, [x], gram=False))
+    base, adapter = fixed["w"].base, fixed["w"].adapter
+    assert base.input_bound == jnp.max(jnp.abs(x)) and same([adapter], [trained["w"].adapter])
+    expected = jq.quantized(fn)({"w": base}, x) + x @ adapter.product
+    close(first(jq.quantized(fn)(fixed, x)), np.asarray(expected), 1e-5)
+
+
+def test_a_bound_needs_statistics_and_a_sequence_bare_weights():
+    with pytest.raises(StatsError, match=r"^static: w1/kernel has no statistics"):
+        jq.static(tree(jq.int8), {})
+    for format in (None, jq.int8):
+        with pytest.raises(AdapterError, match=r"^w1/kernel has an adapter: .*split_lora"):
+            jq.quantize_sequentially(mlp, tree(format), [normal(5, WIDTH)], jq.int8)

@@ -24,7 +24,9 @@ from tables import limits, oracle_scale, spread, table
 
 import jaxquant as jq
 from jaxquant import inputs
+from jaxquant.errors import OptionError
 from jaxquant.qtensor import Kept
+from jaxquant.quantizers.quantizer import check_format
 from jaxquant.stats import Stats, observe, output_error, quantile, rescale
 
 TOKENS, K, N, EPS = 96, 48, 12, 2.0**-23
@@ -306,6 +308,13 @@ def test_jit_is_eager(name, format):
     """Law: the codes do not depend on what is compiled together."""
     _, ws, stats = data()
     assert same_codes(make(name, format)(jnp.asarray(ws[0]), at(stats, 0)), results(name, format)[0], 1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["int4", jnp.int4, jq.gptq(jq.int4)], ids=["text", "dtype", "quantizer"])
+def test_what_is_no_format_is_refused_where_it_is_given(wrong):
+    """Law: what an algorithm calls first names what it was given. (Type checks are faster in the tests themselves.)"""
+    with pytest.raises(OptionError, match=r"gptq\(.*\): give it the format of the codes, such as jq.int4"):
+        check_format("gptq", wrong)
 
 
 def test_a_stack_in_a_tree_is_quantized_as_its_matrices_are():

@@ -118,6 +118,21 @@ def test_a_turned_weight_has_the_bound_of_the_upright_one(bound):
         jq.static(jq.turned(qparams), {"last": stats["last"]})
 
 
+@pytest.mark.parametrize("turn", [lambda tree: tree, jq.turned], ids=["upright", "turned"])
+def test_an_adapter_stays_beside_a_base_with_a_bound(turn):
+    """Law: `static` and `join_lora` commute, and a fresh adapter changes no number."""
+    params = PARAMS | {"float": weight(N, N)}
+    run = lambda params, x: fn(params, x) @ params["float"]  # noqa: E731
+    qparams = jq.quantize_params(params, where=lambda path, _: path == "w")
+    adapters, base = jq.split_lora(jq.add_lora(qparams, 2, key=jax.random.key(0)))
+    fixed = jq.static(jq.join_lora(adapters, turn(base)), STATS)
+    assert same(fixed, jq.join_lora(adapters, turn(jq.static(qparams, STATS))))
+    expected = jq.quantized(run)(jq.static(qparams, STATS), X)
+    np.testing.assert_allclose(jq.quantized(run)(fixed, X), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(StatsError, match=r"^static: w has no statistics"):
+        jq.static(fixed, {})
+
+
 def test_bad_options_and_missing_statistics_are_errors():
     with pytest.raises(StatsError, match="w has no statistics"):
         jq.static(QPARAMS, {})

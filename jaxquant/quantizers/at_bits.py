@@ -9,7 +9,7 @@ from jaxquant.encode import fit, write
 from jaxquant.errors import FormatError
 from jaxquant.format import Format, int8
 from jaxquant.qtensor import QTensor
-from jaxquant.quantizers.quantizer import Matrix
+from jaxquant.quantizers.quantizer import Matrix, check_format
 from jaxquant.stats import Stats
 
 
@@ -30,6 +30,7 @@ class at_bits:
     format: Format = int8
 
     def __post_init__(self):
+        check_format("at_bits", self.format)
         if not (self.format.is_integer and self.format.symmetric):
             raise FormatError(f"at_bits({self.format}): a width is varied within symmetric integers.")
         if isinstance(self.bits, int) and not 2 <= self.bits <= self.format.bits:

@@ -13,7 +13,7 @@ from jaxquant.encode import assemble, encode, value
 from jaxquant.errors import OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
-from jaxquant.quantizers.quantizer import Matrix, never_worse
+from jaxquant.quantizers.quantizer import Matrix, check_format, never_worse
 from jaxquant.quantizers.ranges import Range, least_squares
 from jaxquant.stats import Stats, mean_square, need_gram
 
@@ -48,6 +48,7 @@ class gptq:
     refresh: bool = False
 
     def __post_init__(self):
+        check_format("gptq", self.format)
         if not 0 < self.damping < float("inf"):
             raise OptionError(f"gptq(damping={self.damping}): damping is a positive share of the mean of diag(H).")
         if self.refresh and (self.by_activity or self.format.group is None):

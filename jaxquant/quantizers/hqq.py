@@ -10,7 +10,7 @@ from jaxquant.encode import encode, fit, write
 from jaxquant.errors import OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
-from jaxquant.quantizers.quantizer import Matrix, never_worse
+from jaxquant.quantizers.quantizer import Matrix, check_format, never_worse
 from jaxquant.quantizers.ranges import Grid, refit
 from jaxquant.stats import Stats, mean_square
 from jaxquant.trace.views import expand
@@ -37,6 +37,7 @@ class hqq:
     rounds: int = 20
 
     def __post_init__(self):
+        check_format("hqq", self.format)
         if not self.format.is_integer:
             raise OptionError(f"hqq({self.format}): a scale and a zero point are fitted, so codes have to be integers.")
         if not 0 < self.p <= 1 or type(self.rounds) is not int or self.rounds < 1:

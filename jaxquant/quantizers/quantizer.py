@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.encode import quantize
+from jaxquant.errors import OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.stats import Stats, output_error
@@ -35,6 +36,16 @@ class Quantizer(Protocol):
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """Codes for `w[in, out]`, given the statistics of its inputs, or None."""
         ...
+
+
+def check_format(quantizer: str, format: object) -> None:
+    """Checks that what a quantizer was given for a format is one.
+
+    Raises:
+      OptionError: it is another quantizer, a text, a dtype.
+    """
+    if not isinstance(format, Format):
+        raise OptionError(f"{quantizer}({format!r}): give it the format of the codes, such as jq.int4(group=64).")
 
 
 def loss(w: Matrix, q: QTensor, stats: Stats | None) -> Float[Array, ""]:

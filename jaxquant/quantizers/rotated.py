@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxquant.errors import OptionError
 from jaxquant.inputs import Rotation, block_length
 from jaxquant.qtensor import QTensor
 from jaxquant.quantizers.quantizer import Matrix, never_worse
@@ -22,16 +23,29 @@ class rotated(Wrapper):
     Args:
       inner: the quantizer of the rotated matrix.
       seed: of the signs.
+      block: the longest a block may be, a power of two; None for no limit. Where inputs are heads,
+        `[heads, head, out]`, a block has to divide a head, or to be several whole ones.
+
+    Raises:
+      OptionError: `block` is no power of two.
     """
 
     seed: int = 0
+    block: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block is not None and (type(self.block) is not int or self.block < 2 or self.block.bit_count() > 1):
+            raise OptionError(f"rotated(block={self.block!r}): a block is a power of two, such as 32, or None.")
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix."""
         inputs = w.shape[0]
         signs = jax.random.rademacher(jax.random.key(self.seed), (inputs, 1), jnp.int8)
-        signs = signs if block_length(inputs) > 1 else jnp.ones_like(signs)
-        rotation = Rotation(signs, jnp.zeros((inputs // block_length(inputs), 1), bool))
+        longest = block_length(inputs)
+        length = min(longest, self.block or longest)  # of two powers of two the smaller one divides the other
+        signs = signs if length > 1 else jnp.ones_like(signs)
+        rotation = Rotation(signs, jnp.zeros((inputs // length, 1), bool))
         turn = lambda rows: jax.tree.map(lambda part: part[None], rotation).apply(rows[None])[0]  # noqa: E731
         q = self.quantizer(turn(w.astype(jnp.float32).T).T, None if stats is None else _turned(stats, turn))
         q = dataclasses.replace(q, transform=(rotation, *q.transform)).astype(w.dtype)

@@ -8,7 +8,7 @@ from jaxquant.encode import write
 from jaxquant.errors import OptionError
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
-from jaxquant.quantizers.quantizer import Matrix, Quantizer, never_worse
+from jaxquant.quantizers.quantizer import Matrix, Quantizer, check_format, never_worse
 from jaxquant.quantizers.ranges import Range, absmax
 from jaxquant.stats import Stats, mean_square
 
@@ -25,6 +25,9 @@ class rtn:
 
     format: Format
     range: Range = absmax
+
+    def __post_init__(self):
+        check_format("rtn", self.format)
 
     def __call__(self, w: Matrix, stats: Stats | None) -> QTensor:
         """The codes of one matrix."""

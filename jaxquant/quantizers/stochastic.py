@@ -10,7 +10,7 @@ from jaxquant.errors import FormatError
 from jaxquant.format import Format
 from jaxquant.noise import round_at_random
 from jaxquant.qtensor import QTensor
-from jaxquant.quantizers.quantizer import Matrix
+from jaxquant.quantizers.quantizer import Matrix, check_format
 from jaxquant.quantizers.ranges import Range, absmax
 from jaxquant.stats import Stats, mean_square
 from jaxquant.trace.views import expand
@@ -34,6 +34,7 @@ class stochastic:
     range: Range = absmax
 
     def __post_init__(self):
+        check_format("stochastic", self.format)
         if not self.format.is_integer:
             raise FormatError(f"stochastic({self.format}): only integer codes are rounded up or down.")
 

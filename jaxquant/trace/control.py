@@ -71,41 +71,39 @@ def custom_jvp(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, R
     """A function with its own forward derivative: the primal is walked, the derivative is the user's, in floats."""
     if walker.recording:
         return walker.part(eqn.params["call_jaxpr"], inputs, eqn.primitive.name)
-    arrays, call, plain = _custom(eqn, inputs, walker)
+    call, plain = _custom(eqn, walker)
     walked = jax.custom_jvp(call)
     walked.defjvp(lambda primals, tangents: (call(*primals), jax.jvp(plain, primals, tangents)[1]))
-    return walked(*arrays), {}
+    return walked(*inputs), {}
 
 
 def custom_vjp(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
     """A function with its own backward derivative, treated as `custom_jvp` treats a forward one."""
     if walker.recording:
         return walker.part(eqn.params["call_jaxpr"], inputs, eqn.primitive.name)
-    arrays, call, plain = _custom(eqn, inputs, walker)
+    call, plain = _custom(eqn, walker)
     walked = jax.custom_vjp(call)
     walked.defvjp(
         lambda *primals: (call(*primals), primals),
         lambda primals, cotangents: jax.vjp(plain, *primals)[1](cotangents),
     )
-    return walked(*arrays), {}
+    return walked(*inputs), {}
 
 
-def _custom(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Callable, Callable]:
-    """The plain inputs, the walked primal over them, and the equation as it is with its parameters decoded."""
+def _custom(eqn: JaxprEqn, walker: Walker) -> tuple[Callable, Callable]:
+    """The walked primal, and the equation as it is with its parameters decoded.
+
+    Parameters are arguments of both: in a closure, a master that is being differentiated would be out of JAX's sight.
+    """
     name = eqn.primitive.name
-    arrays = [x for x in inputs if not isinstance(x, Param)]
 
-    def fill(values, of_param):
-        rest = iter(values)
-        return [of_param(x) if isinstance(x, Param) else next(rest) for x in inputs]
+    def call(*inputs):
+        return walker.body(eqn.params["call_jaxpr"], inputs, name)[0]
 
-    def call(*values):
-        return walker.body(eqn.params["call_jaxpr"], fill(values, lambda param: param), name)[0]
+    def plain(*inputs):
+        return walker.bind(eqn, [walker.decode(x, f"derivative of {name}") for x in inputs])
 
-    def plain(*values):
-        return walker.bind(eqn, fill(values, lambda param: walker.decode(param, f"derivative of {name}")))
-
-    return arrays, call, plain
+    return call, plain
 
 
 def shard_map(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> None:
@@ -118,7 +116,7 @@ def shard_map(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> None:
         )
     warnings.warn(
         f"shard_map got the quantized parameters {paths}: they are decoded before it, so it runs in floating point. "
-        "Call quantized(...) inside the shard_map, on the shards, to keep it quantized.",
+        "Call quantized(...) inside the shard_map, on the shards, with check_vma=False, to keep it quantized.",
         stacklevel=2,
     )
 

@@ -223,7 +223,8 @@ def _read(env: Mapping, atom):
 
 def _bind_one(eqn: JaxprEqn, inputs: Sequence) -> list:
     """Evaluates one equation as it is, on other inputs than those it had."""
-    results = _bind([eqn], dict(zip(eqn.invars, inputs, strict=True)), lambda var: True)
+    env = {atom: x for atom, x in zip(eqn.invars, inputs, strict=True) if not isinstance(atom, Literal)}
+    results = _bind([eqn], env, lambda var: True)
     return [results[var] for var in eqn.outvars]
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxquant.adapter import entered, is_adapted
 from jaxquant.errors import CalibrationError, NonFiniteError, StatsError, UnseenError
 from jaxquant.params import is_matrix
 from jaxquant.stats import Stats, observe
@@ -39,7 +40,8 @@ def calibrate(
     Args:
       fn: the function to be quantized, not yet wrapped in `quantized`.
       params: its first argument. QTensors in it are observed after the transforms of their inputs. A turned
-        weight has the statistics of the upright one, of which a copy is made for the time of the call.
+        weight has the statistics of the upright one, of which a copy is made for the time of the call, and one with
+        an adapter those of its base, with the adapter at work.
       batches: what `fn` takes besides: a tuple is several positional arguments, anything else is one. With
         `jax.ShapeDtypeStruct`s nothing is computed: the statistics are zeros that know the axes of each weight.
       gram: whether to gather Gram matrices, which `gptq`, `awq` and importance-weighted ranges need.
@@ -56,7 +58,7 @@ def calibrate(
       UnseenError: a weight is used in a way that hides which of its axes are contracted.
       NoMatchError: `where` chose nothing.
     """
-    watched = watch(jax.tree.map(_upright, params, is_leaf=is_turned), where)
+    watched = watch(jax.tree.map(_entered, params, is_leaf=lambda leaf: is_turned(leaf) or is_adapted(leaf)), where)
     look = functools.partial(observe, gram=gram)
     steps: dict[Hashable, Callable] = {}
     totals: dict[tuple[Sight, ...], list[Seen]] = {}  # batches may take different ways through the function
@@ -78,9 +80,11 @@ def calibrate(
     return _by_path(totals)
 
 
-def _upright(leaf: Any) -> Any:
+def _entered(leaf: Any) -> Any:
+    """A turned weight as it was, an adapter taken apart; arrays stay as they are."""
+    enter = entered if is_adapted(leaf) else upright
     # Of shapes there are only shapes: nothing is computed on them, and nothing could be.
-    return jax.eval_shape(upright, leaf) if any(map(_is_shape, jax.tree.leaves(leaf))) else upright(leaf)
+    return jax.eval_shape(enter, leaf) if any(map(_is_shape, jax.tree.leaves(leaf))) else enter(leaf)
 
 
 def _arriving(batches: Iterable) -> Iterable:

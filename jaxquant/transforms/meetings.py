@@ -1,5 +1,6 @@
 """Meetings: every matmul, convolution and `ragged_dot` of a walk that records, brought to tokens and a weight."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxquant import matmul, trace
+from jaxquant.adapter import Sides
 from jaxquant.errors import NoMatchError, UnseenError
 from jaxquant.qtensor import decode, is_qtensor
 from jaxquant.trace import Equation, Param, Plain, Recorded
@@ -37,19 +39,25 @@ class Meet(Protocol):
 def watch(params: PyTree, where: Callable[[str, Array], bool]) -> PyTree:
     """The parameters with those that are to be followed marked; QTensors are followed as they are.
 
+    A weight with an adapter is followed as `Sides`, of which those are met whose base is marked or in codes.
+
     Raises:
       NoMatchError: `where` chose nothing.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=matmul.is_param)
     named = [(trace.path_name(path), leaf) for path, leaf in leaves]
     floating = [hasattr(leaf, "ndim") and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in named]
     chosen = [bool(fits and where(*pair)) for fits, pair in zip(floating, named, strict=True)]
     if not any(chosen):
         raise NoMatchError(f"`where` chose none of {', '.join(path for path, _ in named[:40]) or 'an empty tree'}.")
-    marked = [
-        Plain(leaf) if pick and not is_qtensor(leaf) else leaf for (_, leaf), pick in zip(named, chosen, strict=True)
-    ]
+    marked = [_marked(leaf) if pick else leaf for (_, leaf), pick in zip(named, chosen, strict=True)]
     return treedef.unflatten(marked)
+
+
+def _marked(leaf: Any) -> Any:
+    if isinstance(leaf, Sides):
+        return dataclasses.replace(leaf, base=_marked(leaf.base))
+    return leaf if is_qtensor(leaf) else Plain(leaf)
 
 
 def rules(meet: Meet) -> trace.Rules:
@@ -77,17 +85,31 @@ def rules(meet: Meet) -> trace.Rules:
         param, indices = inputs
         return matmul.pick_matrices(param, indices, at.params)
 
-    operations = {"dot_general": dot, "conv_general_dilated": conv, "ragged_dot_general": ragged, "gather": gather}
+    meetings = {"dot_general": dot, "conv_general_dilated": conv, "ragged_dot_general": ragged}
+    operations = {name: functools.partial(_of_bases, rule) for name, rule in meetings.items()} | {"gather": gather}
     return trace.Rules(_is_followed, _decoded, operations, recording=True)
 
 
+def _of_bases(rule: Callable, inputs: Sequence, at: Equation) -> Recorded | None:
+    """A rule of weights for those with adapters too, whose inputs are those of their bases."""
+    bases = [
+        dataclasses.replace(x, value=x.value.base) if isinstance(x, Param) and isinstance(x.value, Sides) else x
+        for x in inputs
+    ]
+    met = all(_is_followed(x.value) for x in bases if isinstance(x, Param))
+    return rule(bases, at) if met else None
+
+
 def _is_followed(leaf: Any) -> bool:
-    return is_qtensor(leaf) or isinstance(leaf, Plain)
+    return matmul.is_param(leaf) or isinstance(leaf, Plain)
 
 
 def _decoded(param: Param, why: str) -> Array:
     del why
-    return decode(param.value) if is_qtensor(param.value) else param.value.array
+    if isinstance(sides := param.value, Sides):
+        base = sides.base.array if isinstance(sides.base, Plain) else sides.base
+        return dataclasses.replace(sides, base=base).decode()
+    return decode(sides) if is_qtensor(sides) else sides.array
 
 
 def _dot_tokens(param: Param, x: Array, numbers: Any, weight_first: bool) -> Tokens:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxquant import trace
-from jaxquant.errors import CalibrationError, NotQuantizableError, ShapeError, UnseenError
+from jaxquant.adapter import is_adapted, is_leaf
+from jaxquant.errors import AdapterError, CalibrationError, NotQuantizableError, ShapeError, UnseenError
 from jaxquant.format import Format
 from jaxquant.matrices import Matrices, write
 from jaxquant.params import is_matrix
@@ -55,12 +56,14 @@ def quantize_sequentially(
       The parameters, with QTensors for those that were chosen.
 
     Raises:
+      AdapterError: a leaf has an adapter.
       CalibrationError: there was no batch, or their shapes differ.
       NotQuantizableError: a chosen leaf is in codes already.
       ShapeError: a shard of a chosen leaf would cut through a group.
       UnseenError: a chosen weight never meets a matmul, or does so in several turns of a loop or in a branch, where
         not all of its inputs are there at once: use `calibrate` for those.
     """
+    _check_bare(params)
     quantizer = as_quantizer(quantizer)
     rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     args = _stacked(rows)
@@ -76,6 +79,15 @@ def quantize_sequentially(
     _, records = trace.record(staged.jaxpr, staged.inputs, do)
     done = _replaced(watched, records)
     return jax.tree.map(lambda old, new: old if is_turned(old) else new, params, done, is_leaf=is_turned)
+
+
+def _check_bare(params: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+        if is_adapted(leaf):
+            raise AdapterError(
+                f"{trace.path_name(path)} has an adapter: merge_lora it, or quantize jq.split_lora(params)[1] and "
+                "jq.join_lora the adapters to that."
+            )
 
 
 def _chooses(where: Callable[[str, Array], bool], path: str, leaf: Any) -> bool:
