@@ -47,7 +47,7 @@ class Dot:
         """How this will be computed, and why not in integers."""
         weight = jax.eval_shape(self.matrices, q)
         if weight is None:
-            return FLOAT, "its scales do not follow the axes of this matmul"
+            return FLOAT, "its scales do not follow the axes of this matmul: let `stats` tell them"
         formulation = self._choose(x_shape, weight)
         return formulation.arithmetic, formulation.reason
 
@@ -218,6 +218,8 @@ def check_activations(activations: Format | None, outliers: int) -> None:
         raise FormatError(f"outliers={outliers!r}: how many of a token's activations stay in float, 0 or more.")
     if activations is None:
         return
+    if not isinstance(activations, Format):
+        raise FormatError(f"activations={activations!r}: give a format, such as jq.int8, or None.")
     if not activations.is_integer or activations.group is not None or not activations.per_channel:
         raise FormatError(
             f"activations={activations}: activations are quantized to integers per token (jq.int8, "

@@ -52,6 +52,8 @@ def dot_general(
         options = {} if out_sharding is None else {"out_sharding": out_sharding}
         return jax.lax.dot_general(left, right, dimension_numbers, precision, preferred_element_type, **options)
     x, weight = (right, left) if first else (left, right)
+    shapes = [jax.ShapeDtypeStruct(side.shape, side.dtype) for side in sides]
+    jax.eval_shape(lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, dimension_numbers), *shapes)  # JAX's errors
     memory = swapped(weight.ndim) if is_turned(weight) else tuple(range(weight.ndim))
     q, numbers, memory = as_it_lies(upright(weight).settled, memory, dimension_numbers, first)
     dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)

@@ -5,11 +5,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Int
 
 from jaxquant.trace import Param
 from jaxquant.trace.views import Bundle
+
+
+def without_idle(
+    shape: tuple[int, ...], indices: Int[Array, "... axes"], params: Mapping[str, Any]
+) -> tuple[Int[Array, "... picked"], Mapping[str, Any]]:
+    """A `gather` without its indices along axes that it takes whole: clipped, they are 0 whatever they say.
+
+    `jax.vmap(lambda i: w[i])`, which is how Equinox looks up rows, has such ones.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    used = [i for i, axis in enumerate(numbers.start_index_map) if sizes[axis] != shape[axis]]
+    if params["mode"] != GatherScatterMode.CLIP or not used:
+        return indices, params
+    numbers = numbers._replace(start_index_map=tuple(numbers.start_index_map[i] for i in used))
+    return indices[..., np.array(used)], {**params, "dimension_numbers": numbers}
 
 
 def picked_axis(shape: tuple[int, ...], params: Mapping[str, Any]) -> int | None:
@@ -20,7 +36,7 @@ def picked_axis(shape: tuple[int, ...], params: Mapping[str, Any]) -> int | None
     (axis,) = numbers.start_index_map
     whole = all(size == n for a, (size, n) in enumerate(zip(sizes, shape, strict=True)) if a != axis)
     plain_fill = params["fill_value"] is None or params["fill_value"] != params["fill_value"]  # NaN
-    picks = tuple(numbers.collapsed_slice_dims) == (axis,) and sizes[axis] == 1
+    picks = tuple(numbers.collapsed_slice_dims) in ((axis,), ()) and sizes[axis] == 1
     return axis if whole and picks and plain_fill and shape[axis] > 0 else None
 
 
@@ -28,15 +44,22 @@ def pick_matrices(param: Any, indices: Any, params: Mapping[str, Any]) -> Param 
     """The matrices that a `gather` picks of a stack (experts), still a parameter; None where it picks others."""
     if not isinstance(param, Param) or isinstance(indices, Param):
         return None
+    indices, params = without_idle(param.value.shape, indices, params)
     rank, offsets = param.value.ndim, tuple(params["dimension_numbers"].offset_dims)
     axis = picked_axis(param.value.shape, params)
-    if axis is None or len(offsets) < 2 or getattr(param.value, "blocks", (1,) * rank)[axis] > 1:
+    if axis is None or _width(params) < 2 or getattr(param.value, "blocks", (1,) * rank)[axis] > 1:
         return None
     batch = indices.shape[:-1]
     in_place = offsets == (*range(axis), *range(axis + len(batch), rank - 1 + len(batch)))
     origin = param.origin.index(axis, batch) if param.origin and in_place else None
     index = jnp.clip(indices[..., 0], 0, param.value.shape[axis] - 1)
     return param.view(pick(param.value, indices, axis, params), origin, index if origin else None)
+
+
+def _width(params: Mapping[str, Any]) -> int:
+    """The rank of what is picked, without the axis it is picked along."""
+    numbers = params["dimension_numbers"]
+    return len(numbers.offset_dims) - (not numbers.collapsed_slice_dims)
 
 
 def pick(bundle: Bundle, indices: Int[Array, "... 1"], axis: int, params: Mapping[str, Any]) -> Bundle:

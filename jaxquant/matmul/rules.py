@@ -15,7 +15,7 @@ from jaxquant.matmul.choice import FLOAT, INTEGER
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import as_it_lies, check_activations, make_dot
-from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis
+from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis, without_idle
 from jaxquant.matmul.low_rank import correction
 from jaxquant.matmul.ragged import Ragged, is_plain
 from jaxquant.qtensor import decode, is_qtensor
@@ -161,6 +161,7 @@ def _gather(inputs: Sequence, params: Mapping[str, Any], hear: Hear):
         return None
     if (matrices := pick_matrices(param, indices, params)) is not None:
         return matrices
+    indices, params = without_idle(param.value.shape, indices, params)
     axis = picked_axis(param.value.shape, params)
     if axis is None or param.value.blocks[axis] > 1:
         return None
