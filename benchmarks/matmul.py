@@ -35,6 +35,7 @@ CASES = {
     "W4 g64": (jq.int4(group=64), None),
     "NF4 g64": (jq.nf4, None),
 }
+TURNED = ("W8A8", "W8", "W4A8 g64", "W4 g64", "NF4 g64")
 RUNS, SECONDS = 15, 6.0
 
 
@@ -69,7 +70,7 @@ def contenders() -> dict[str, Callable[..., Any]]:
     """Float32, bfloat16 and every case: each takes a weight, then activations, and gives what is to be timed."""
     floats = {"float32": in_floats(jnp.float32), "bf16": in_floats(jnp.bfloat16)}
     ours = {name: in_codes(*case, lambda q: q) for name, case in CASES.items()}
-    turned = {f"{name} turned": in_codes(*CASES[name], jq.turned) for name in ("W8A8", "W8")}
+    turned = {f"{name} turned": in_codes(*CASES[name], jq.turned) for name in TURNED}
     return floats | ours | turned
 
 

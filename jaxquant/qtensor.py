@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxquant import inputs
 from jaxquant.errors import ClosureError, ShapeError
 from jaxquant.format import code_name
+from jaxquant.packed import Packed
 from jaxquant.trace.views import expand
 
 
@@ -45,7 +46,8 @@ class QTensor:
     """An array in codes: a pytree of arrays that jits, vmaps, scans, shards and donates like any other.
 
     Args:
-      codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count.
+      codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count; in a
+        turned weight as `Packed` bytes.
       scale: float32; each axis divides the same axis of `codes`. Or a `QTensor` of it (`double_quantize`).
       zero: zero point of the shape of `scale`, or None for a symmetric format. Formats have integers; float32 ones come
         from files whose offsets are no whole number of steps (`load_gguf`).
@@ -117,9 +119,15 @@ class QTensor:
         return dataclasses.replace(self, transform=(), kept=None)
 
     @property
+    def unpacked(self) -> "QTensor":
+        """The same with codes that are an array."""
+        return dataclasses.replace(self, codes=self.codes.codes) if isinstance(self.codes, Packed) else self
+
+    @property
     def settled(self) -> "QTensor":
-        """The same with its scale in float."""
-        return dataclasses.replace(self, scale=decode(self.scale)) if is_qtensor(self.scale) else self
+        """The same with codes that are an array, and its scale in float."""
+        q = self.unpacked
+        return dataclasses.replace(q, scale=decode(q.scale)) if is_qtensor(q.scale) else q
 
     def astype(self, dtype) -> "QTensor":
         """The same codes, decoded to another float dtype."""
@@ -155,6 +163,10 @@ class QTensor:
             f"{self!r} was used as an array. Pass it as an argument of jq.quantized(fn), which tells fn's matmuls "
             "what to do with it (a QTensor in a closure is out of its sight), or decode it with jq.dequantize."
         )
+
+    def __array__(self, dtype=None, copy=None):
+        del dtype, copy  # NumPy would make an array of one object of it
+        return self.__jax_array__()
 
 
 def centre(q: QTensor) -> Shaped[Array, "..."]:

@@ -1,4 +1,4 @@
-"""`turned`: weights stored with their inputs last, which is how XLA on CPU reads int8 fastest.
+"""`turned`: weights stored with their inputs last, which is how XLA on CPU reads codes fastest.
 
     w[in, out]  in memory as  w^T[out, in]
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxquant.packed import Packed, bytes_of, places_of
 from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.trace.views import transpose
 
@@ -26,7 +27,7 @@ class Turned:
     """A weight in codes whose last two axes are swapped in memory; it stands for what it was before.
 
     Args:
-      stored: the `QTensor` of the transposed array.
+      stored: the `QTensor` of the transposed array; its codes are `Packed` where a byte holds several of them.
     """
 
     # Any, because a tree may also hold shapes or shardings in the place of arrays.
@@ -35,7 +36,7 @@ class Turned:
     @property
     def upright(self) -> QTensor:
         """The weight as it was."""
-        return transpose(self.stored, swapped(self.ndim))
+        return transpose(self.stored.unpacked, swapped(self.ndim))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,14 +60,15 @@ class Turned:
 
 
 def turned(tree: PyTree) -> PyTree:
-    """Stores int8 weights with their inputs last, for serving on a CPU; the rest of the tree stays as it is.
+    """Stores weights with their inputs last, for serving on a CPU; the rest of the tree stays as it is.
 
     `quantized` and `explain` take the result in the place of the tree, with the same meaning; a turned weight that the
-    function returns comes back as a float array. A few rows are multiplied up to six times as fast on a CPU with AMX
+    function returns comes back as a float array. A few rows are multiplied several times as fast on a CPU
     (`benchmarks/matmul.py`); on a GPU it brings nothing.
 
     Args:
-      tree: with `QTensor`s in it. Turned are int8 matrices and stacks of them, with one scale for all their inputs.
+      tree: with `QTensor`s in it. Turned are int8 matrices and stacks of them, with one scale for all their inputs, and
+        matrices of 4 and 2 bits in groups of any size.
 
     Returns:
       The tree with a `Turned` in the place of each.
@@ -82,9 +84,22 @@ def dequantize(tree: PyTree) -> PyTree:
 
 
 def _turn(q: QTensor) -> Any:
-    if q.ndim < 2 or q.codes.dtype != jnp.int8 or q.settled.scale.shape[:-1] != (*q.shape[:-2], 1):
+    if q.ndim < 2 or not (_is_of_bytes(q) or _is_packed(q)):
         return q
-    return Turned(transpose(q, swapped(q.ndim)))
+    lying = transpose(q, swapped(q.ndim))
+    if _is_packed(q):
+        lying = dataclasses.replace(lying, codes=Packed(bytes_of(lying.codes), lying.codes.dtype))
+    return Turned(lying)
+
+
+def _is_of_bytes(q: QTensor) -> bool:
+    return q.codes.dtype == jnp.int8 and q.settled.scale.shape[:-1] == (*q.shape[:-2], 1)
+
+
+def _is_packed(q: QTensor) -> bool:
+    """A matrix with several codes to a byte of inputs, all of one group."""
+    places, groups = places_of(q.codes.dtype), q.settled.scale.shape[0]
+    return places > 1 and q.ndim == 2 and groups > 0 and q.shape[0] // groups % places == 0
 
 
 def is_turned(leaf: Any) -> bool:

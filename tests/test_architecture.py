@@ -21,6 +21,7 @@ LAYERS = {
     "stats": 1,
     "table": 1,
     "optional": 1,
+    "packed": 1,
     "lowering": 2,
     "inputs": 2,
     "qtensor": 3,

@@ -74,7 +74,8 @@ def test_long_streams():
 
 def test_every_kind_of_format(tmp_path):
     qs = {name: jq.quantize(normal(2, 32, 16), format) for name, format in SAMPLE.items()}
-    tree = {"upright": qs, "turned": jq.turned(qs)}
+    matrices = {name: jq.quantize(normal(32, 16), format) for name, format in SAMPLE.items()}
+    tree = {"upright": qs, "turned": jq.turned(qs), "in bytes": jq.turned(matrices)}
     same(there_and_back(tmp_path / "q.safetensors", tree), tree)
 
 

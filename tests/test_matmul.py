@@ -22,9 +22,10 @@ from tables import SAMPLE, as_shipped, exactly, table
 
 import jaxquant as jq
 from jaxquant.errors import FormatError
-from jaxquant.matmul.arithmetic import floats, grouped_dot
+from jaxquant.matmul.arithmetic import grouped_dot
 from jaxquant.matmul.blocks import _by_columns, _by_inputs
 from jaxquant.matmul.integers import integer_dot
+from jaxquant.matmul.lines import by_lines
 
 INTEGER = "int8 x int8 -> int32"
 
@@ -573,8 +574,20 @@ def test_in_blocks_of_outputs_it_is_the_same_product(format):
     """Law: every place of every byte meets its own scale and zero point; whole numbers round nothing."""
     x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
     q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
-    found = jax.jit(functools.partial(_by_columns, product=floats, columns=16))(jnp.asarray(x), q)
+    found = jax.jit(functools.partial(_by_columns, columns=16))(jnp.asarray(x), q)
     expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
+    assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
+
+
+@pytest.mark.parametrize("format", **table(SAMPLE))
+def test_in_lines_it_is_the_same_product(format):
+    """Law: every input meets the code at its place of a byte; whole numbers round nothing, zero points beside them."""
+    x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
+    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
+    lines = by_lines(3, q)
+    assert lines is not None
+    expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
+    found = jax.jit(lines)(jnp.asarray(x), q)
     assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
 
 

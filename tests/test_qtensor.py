@@ -292,14 +292,31 @@ def test_astype_decodes_to_another_dtype_from_the_same_codes(dtype):
 
 @pytest.mark.parametrize(
     "use",
-    [jnp.asarray, jnp.sum, lambda q: jnp.add(q, 1), lambda q: jnp.ones((2, 64), jnp.float32) @ q],
-    ids=["asarray", "sum", "add", "matmul"],
+    [jnp.asarray, jnp.sum, lambda q: jnp.add(q, 1), lambda q: jnp.ones((2, 64), jnp.float32) @ q, np.asarray, np.abs],
+    ids=["asarray", "sum", "add", "matmul", "numpy", "numpy's abs"],
 )
 def test_using_it_as_an_array_says_what_to_do(use):
     """Law: a QTensor is no array: an operation that meets one names it and the two ways out."""
     with pytest.raises(ClosureError) as error:
         use(quantized("int8-channel"))
     assert all(word in str(error.value) for word in ("64, 12", "quantized(fn)", "dequantize"))
+
+
+@pytest.mark.parametrize(
+    "make, way_out",
+    [
+        (jq.learn_steps, "qat(fn, format)"),
+        (jq.learn_clips, "qat(fn, format)"),
+        (lambda tree: jq.add_lora(tree, 2, key=jax.random.key(0)), "quantized(fn)"),
+    ],
+    ids=["steps", "clips", "adapters"],
+)
+def test_using_what_trains_beside_a_weight_as_an_array_says_what_to_do(make, way_out):
+    """Law: neither is a weight with a learned range or an adapter."""
+    tree = make({"kernel": jnp.asarray(normal(SHAPE))})
+    with pytest.raises(ClosureError) as error:
+        jnp.ones((2, 64), jnp.float32) @ tree["kernel"]
+    assert "64, 12" in str(error.value) and way_out in str(error.value)
 
 
 def test_dequantize_decodes_the_qtensors_of_a_tree_and_nothing_else():

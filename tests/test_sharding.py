@@ -72,6 +72,8 @@ def test_what_stands_beside_codes():
     assert specs(adapted).adapter.a == (None, "model", None) and specs(adapted).adapter.b == (None, None, None)
     turned = specs(shardings_like(jq.turned(jq.quantize_params({"w": w})), column))["w"].stored
     assert turned.codes == ("model", None) and turned.scale == ("model", None)
+    packed = specs(shardings_like(jq.turned(jq.quantize_params({"w": w}, jq.int4(group=16))), row))["w"].stored
+    assert packed.codes.held == packed.scale == (None, "model")
     double = specs(shardings_like(jq.double_quantize(jq.quantize_params({"w": w}, jq.nf4(group=16))), column))["w"]
     assert double.scale.codes == (None, "model")
 

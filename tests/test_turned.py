@@ -11,6 +11,16 @@ import jaxquant as jq
 from jaxquant.errors import AdapterError, NotQuantizableError
 
 SHAPES = {"matrix": (3, 32, 24), "row": (1, 32, 24), "rows": (70, 32, 24)}
+PACKED = {
+    "int4": jq.int4,
+    "int4-affine": jq.int4(symmetric=False),
+    "int4-g16": jq.int4(group=16),
+    "int4-g8-affine": jq.int4(group=8, symmetric=False),
+    "int4-tensor": jq.int4(per_channel=False),
+    "int3-g16": jq.int3(group=16),
+    "int2-g8": jq.int2(group=8),
+    "nf4": jq.nf4(group=16),
+}
 
 
 @pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False), None], ids=["int8", "affine", "float"])
@@ -26,6 +36,29 @@ def test_turned_is_the_same_product(shape, format, activations):
     np.testing.assert_allclose(run(turned, x), run(q, x), rtol=1e-6, atol=1e-6)
     assert np.array_equal(jq.dequantize(turned["w"].upright), jq.dequantize(q["w"]))
     assert turned["w"].nbytes == q["w"].nbytes and turned["w"].shape == q["w"].shape
+
+
+@pytest.mark.parametrize("activations", [jq.int8(symmetric=False), None], ids=["int8", "float"])
+@pytest.mark.parametrize("rows", [1, 9, 70])
+@pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
+def test_packed_codes_are_turned_in_bytes(format, rows, activations):
+    """A weight cut into blocks of lines, and one that cannot be, give the product of the upright one."""
+    x = normal(rows, 32, seed=1)
+    for outputs in (24, 192):
+        q = exactly(jq.quantize(normal(32, outputs), format))
+        turned = jq.turned(q)
+        assert turned.stored.codes.held.dtype == jnp.int8 and turned.nbytes == q.nbytes and turned.shape == q.shape
+        assert same(turned.upright, q) and same(jq.dequantize(turned), jq.dequantize(q))
+        run = jax.jit(jq.quantized(lambda w, x: x @ w, activations=activations))
+        np.testing.assert_allclose(run(turned, x), run(q, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_bytes_of_a_packed_weight_are_never_taken_apart_in_memory():
+    """No array of codes, and no decoded weight, is in the compiled program: a block of lines is the largest."""
+    turned, x = jq.turned(jq.quantize(normal(256, 1024), jq.int4(group=64))), normal(1, 256)
+    compiled = jax.jit(jq.quantized(lambda w, x: x @ w, activations=None)).lower(turned, x).compile()
+    assert "s4[" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 1024 * 3 // 4
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -52,10 +85,10 @@ def test_stacks_of_layers_are_turned_and_attention_is_left():
     stack = jax.vmap(lambda w: jq.quantize(w, jq.int8))(normal(3, 16, 16))
     heads = jq.quantize(normal(3, 16, 16), jq.int8, axis=(0, 1))
     turned = jq.turned(
-        {"stack": stack, "heads": heads, "int4": jq.quantize(normal(16, 16), jq.int4), "bias": jnp.ones(3)}
+        {"stack": stack, "heads": heads, "odd": jq.quantize(normal(15, 16), jq.int4), "bias": jnp.ones(3)}
     )
     assert isinstance(turned["stack"], jq.Turned)
-    assert all(not isinstance(turned[name], jq.Turned) for name in ("heads", "int4", "bias"))
+    assert all(not isinstance(turned[name], jq.Turned) for name in ("heads", "odd", "bias"))
     deep = jq.quantized(lambda q, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, q)[0])
     x = normal(2, 16, seed=1)
     np.testing.assert_allclose(deep(turned["stack"], x), deep(stack, x), rtol=1e-5, atol=1e-6)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.errors import FileError
+from jaxquant.format import holds
 from jaxquant.inputs import Transform
+from jaxquant.packed import Packed
 from jaxquant.qtensor import Kept, QTensor, is_qtensor
-
-_CONTAINERS = {8: ("int8", "float8_e4m3fn", "float8_e5m2"), 4: ("int4",), 3: ("int4",), 2: ("int2",)}
 
 
 def check(bundle: Any, file: Path) -> None:
@@ -39,9 +39,12 @@ def check(bundle: Any, file: Path) -> None:
 
 
 def _check_codes(q: QTensor, file: Path) -> None:
-    if not isinstance(q.codes, jax.Array | np.ndarray) or isinstance(q.bits, bool) or q.bits not in _CONTAINERS:
-        raise FileError(f"{file}: a QTensor of {q.bits!r} bits with {type(q.codes).__name__} as codes is none.")
-    if q.codes.dtype.name not in _CONTAINERS[q.bits]:
+    held = q.codes.held if isinstance(q.codes, Packed) else q.codes
+    if not isinstance(held, jax.Array | np.ndarray) or type(q.bits) is not int:
+        raise FileError(f"{file}: a QTensor of {q.bits!r} bits with {type(held).__name__} as codes is none.")
+    if held is not q.codes and (held.dtype != np.int8 or not held.ndim):
+        raise FileError(f"{file}: a QTensor has its codes packed in {held.dtype} of shape {held.shape}, not in bytes.")
+    if not holds(q.codes.dtype, q.bits):
         raise FileError(f"{file}: a QTensor of {q.bits} bits has codes of type {q.codes.dtype}.")
 
 

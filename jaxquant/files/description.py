@@ -23,12 +23,13 @@ from jaxquant.files.arrays import Stored, dtype_of
 from jaxquant.files.check import check
 from jaxquant.inputs import Permutation, Rescale, Rotation
 from jaxquant.learned import Clipped, Stepped
+from jaxquant.packed import Packed
 from jaxquant.qtensor import Kept, QTensor
 from jaxquant.turned import Turned
 
 CLASSES = {
     cls.__name__: cls
-    for cls in (QTensor, Kept, Rescale, Rotation, Permutation, Turned, Adapted, Adapter, Stepped, Clipped)
+    for cls in (QTensor, Kept, Rescale, Rotation, Permutation, Packed, Turned, Adapted, Adapter, Stepped, Clipped)
 }
 
 Node = Mapping[str, Any]

@@ -18,15 +18,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxquant.matmul.integers import bytes_of, places_of, unpacked
+from jaxquant.matmul.arithmetic import floats
+from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor
 
 Product = Callable[[Array, QTensor], Array]
 
-# Bytes of each row of codes that make a block: a multiple of what a core adds at once, as many as its cache holds.
-_COLUMNS, _CACHE = range(128, 0, -16), 2**20
+# Bytes of each row of codes that make a block, a multiple of what a core adds at once: as many as its cache holds, and
+# so few that there are some blocks.
+_COLUMNS, _CACHE, _BLOCKS = range(512, 0, -16), 2**22, 4
 # From this many bytes on a decoded weight does not stay in the caches of all cores together.
-_LARGE = 2**25
+_LARGE = 2**24
+# Up to this many packed codes without groups are one product as a whole, which no scale comes between.
+_WHOLE = 2**23
 # Up to this many rows packed codes are worth unpacking in blocks in smaller weights too, from this many on.
 _FEW_ROWS, _SMALL = 8, 2**18
 # The fewest inputs that make a block and the most, and the rows beyond which a weight is decoded as fast as a whole.
@@ -40,18 +44,17 @@ def by_inputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
       rows: the tokens.
       q: the weight, `[B, K, N]`, in integer codes.
     """
-    (batch, inputs, _), groups = q.shape, q.scale.shape[1]
+    (batch, inputs, outputs), groups = q.shape, q.scale.shape[1]
     member = inputs // max(groups, 1)
     block = max((size for size in range(1, min(member, _LONGEST) + 1) if member % size == 0), default=0)
-    # Without groups a small weight is one product as a whole, which no scale comes between.
-    pays = _pays(rows, q) and rows <= _MANY_ROWS and (groups > 1 or _is_large(q))
+    pays = _pays(rows, q) and rows <= _MANY_ROWS and (groups > 1 or inputs * outputs >= _WHOLE)
     if batch != 1 or places_of(q.codes.dtype) == 1 or block < _SHORTEST or not pays:
         return None
     return lambda product: functools.partial(_by_inputs, product=product, block=block)
 
 
-def by_outputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
-    """What makes a product `(x, q) -> out` one of block after block; None where that does not pay.
+def by_outputs(rows: int, q: QTensor) -> Product | None:
+    """The product `(x, q) -> out` of floats and decoded blocks; None where that does not pay.
 
     Args:
       rows: the tokens.
@@ -59,21 +62,22 @@ def by_outputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
     """
     batch, inputs, outputs = q.shape
     places = places_of(q.codes.dtype)
-    fit = [columns for columns in _COLUMNS if outputs % (columns * places) == 0]
+    fit = [size for size in _COLUMNS if outputs % (size * places) == 0 and size * places * _BLOCKS <= outputs]
     columns = next((columns for columns in fit if 4 * inputs * columns <= _CACHE), min(fit, default=None))
     if batch != 1 or columns is None or not _pays(rows, q):
         return None
-    return lambda product: functools.partial(_by_columns, product=product, columns=columns)
+    return functools.partial(_by_columns, columns=columns)
 
 
 def _pays(rows: int, q: QTensor) -> bool:
-    packed = q.is_integer and places_of(q.codes.dtype) > 1
-    pays = _is_large(q) or (packed and rows <= _FEW_ROWS and q.shape[1] * q.shape[2] >= _SMALL)
+    packed = places_of(q.codes.dtype) > 1
+    pays = is_large(q) or (packed and rows <= _FEW_ROWS and q.shape[1] * q.shape[2] >= _SMALL)
     # Among several devices a weight may be cut, and a loop over blocks would make each gather the whole.
     return pays and jax.device_count() == 1
 
 
-def _is_large(q: QTensor) -> bool:
+def is_large(q: QTensor) -> bool:
+    """Whether a weight `[B, K, N]`, decoded, is more than the caches hold."""
     return 4 * q.shape[1] * q.shape[2] >= _LARGE
 
 
@@ -102,14 +106,14 @@ def _by_inputs(x: Shaped[Array, "1 M K"], q: QTensor, product: Product, block: i
     return jnp.stack(totals, axis=-1).reshape(1, -1, n)
 
 
-def _by_columns(x: Shaped[Array, "1 M K"], q: QTensor, product: Product, columns: int) -> Float[Array, "1 M N"]:
+def _by_columns(x: Shaped[Array, "1 M K"], q: QTensor, columns: int) -> Float[Array, "1 M N"]:
     """The product, blocks of so many bytes of each row of codes one after the other."""
     (_, k, n), places = q.shape, places_of(q.codes.dtype)
     held = bytes_of(q.codes).reshape(1, k, -1, columns)
 
     def one(index: Array) -> Array:
         codes = jax.lax.dynamic_index_in_dim(held, index, axis=2, keepdims=False)
-        return jnp.stack([product(x, _block(q, codes, index, place)) for place in range(places)], axis=-1)
+        return jnp.stack([floats(x, _block(q, codes, index, place)) for place in range(places)], axis=-1)
 
     out = jax.lax.map(one, jnp.arange(n // (columns * places)))
     return jnp.moveaxis(out, 0, 2).reshape(1, -1, n)
@@ -126,5 +130,4 @@ def _block(q: QTensor, held: Array, index: Array, place: int) -> QTensor:
         return jax.lax.dynamic_index_in_dim(parts, index, axis=2, keepdims=False)
 
     scale, zero = jax.tree.map(lines, (q.scale, q.zero))
-    codes = unpacked(held, place, places) if places > 1 else held
-    return dataclasses.replace(q, codes=codes, scale=scale, zero=zero, master=None)
+    return dataclasses.replace(q, codes=unpacked(held, place, places), scale=scale, zero=zero, master=None)

@@ -1,7 +1,7 @@
 """The choice among the ways to multiply by a weight in codes, for a shape and a platform.
 
 Which one is fastest is known here and nowhere else; the ways themselves are `matmul.arithmetic`, those of a GPU
-`matmul.gpu`, and in blocks `matmul.blocks`.
+`matmul.gpu`, and a part of the weight at a time `matmul.blocks` and `matmul.lines`.
 """
 
 import dataclasses
@@ -15,7 +15,11 @@ from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import digits, floats, folded, grouped_dot, integer, say
 from jaxquant.matmul.blocks import by_inputs, by_outputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
+from jaxquant.matmul.lines import by_lines
+from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
+
+Run = Callable[[Array, QTensor], Array]
 
 INTEGER = "int8 x int8 -> int32"
 WEIGHT_ONLY = "weight-only"
@@ -23,9 +27,9 @@ FLOAT = "float"
 
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
-# Up to this many rows three int8 digits of the activations are cheaper than decoding the weight, without groups and
-# with them.
-_FEW_DIGITS, _FEW_GROUPED = 8, 2
+# Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, with
+# them, and where its inputs lie last.
+_FEW_DIGITS, _FEW_GROUPED, _FEW_LYING = 8, 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +46,10 @@ class Formulation:
 
     arithmetic: str
     reason: str = ""
-    run: Callable[[Array, QTensor], Array] | None = None
-    say: Callable[[Array, QTensor], Array] | None = None
-    gpu: Callable[[Array, QTensor], Array] | None = None
-    cpu: Callable[[Array, QTensor], Array] | None = None
+    run: Run | None = None
+    say: Run | None = None
+    gpu: Run | None = None
+    cpu: Run | None = None
 
 
 def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int) -> Formulation:
@@ -59,33 +63,54 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
       outliers: how many of each token's largest activations stay in floating point.
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
+    in_double = jnp.dtype(q.dtype).itemsize > 4
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
-    as_stored = inputs_last or jnp.dtype(q.dtype).itemsize > 4
-    gpu, blocked = (None, None) if as_stored else (gpu_dot_floats, by_outputs(rows, q))
-    cpu = blocked and blocked(floats)
+    gpu = None if inputs_last or in_double else gpu_dot_floats
+    cpu = None if in_double else (by_lines if inputs_last else by_outputs)(rows, q)
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
+    if activations is None:
+        return _of_floats(rows, q, inputs_last, gpu, cpu)
+    return _of_codes(rows, q, inputs_last, cpu, activations, outliers)
+
+
+def _of_floats(rows: int, q: QTensor, inputs_last: bool, gpu: Run | None, cpu: Run | None) -> Formulation:
+    """Activations stay in floating point; what a GPU and a CPU do with decoded weights is known."""
+    product, one_group = functools.partial(grouped_dot, inputs_last=inputs_last), q.scale.shape[1] == 1
+    unpacked = None if inputs_last else by_inputs(rows, q)
+    if inputs_last:
+        few = _FEW_LYING if one_group and places_of(q.codes.dtype) == 1 else 0
+    else:
+        few = _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
+    run = floats if one_group and rows <= _FEW_DIGITS else None
+    cpu = functools.partial(digits, product=unpacked(product) if unpacked else product) if rows <= few else cpu
+    return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
+
+
+def _of_codes(
+    rows: int, q: QTensor, inputs_last: bool, cpu: Run | None, activations: Format, outliers: int
+) -> Formulation:
+    """Activations in codes; what a CPU does with decoded weights is known."""
+    groups, inputs = q.scale.shape[1], q.shape[1]
+    exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
     product = functools.partial(grouped_dot, inputs_last=inputs_last)
     unpacked = None if inputs_last else by_inputs(rows, q)
-    unpacking = unpacked and unpacked(product)
-    if activations is None:
-        few = _FEW_DIGITS if groups == 1 else _FEW_GROUPED if unpacking else 0
-        run = floats if groups == 1 and rows <= _FEW_DIGITS else None
-        cpu = functools.partial(digits, product=unpacking or product) if rows <= few else cpu
-        return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
-    exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
-    run, cpu_run = functools.partial(exact, product=product), unpacking and functools.partial(exact, product=unpacking)
+    run = functools.partial(exact, product=product)
+    cpu_run = unpacked and functools.partial(exact, product=unpacked(product))
     gpu = None if inputs_last else functools.partial(exact, product=gpu_dot)
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
+    heard = functools.partial(say, activations=activations, outliers=outliers)
+    of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
+    if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
+        # The same sums, of the same codes, without an array of bytes in between.
+        return Formulation(INTEGER, run=run, cpu=of_said)
     if groups > 1 and (rows > _FEW_ROWS or inputs_last):
-        heard = functools.partial(say, activations=activations, outliers=outliers)
         if cpu_run is not None:
             return Formulation(INTEGER, say=heard, gpu=gpu, cpu=cpu_run)
         reason = f"with {groups} groups and {rows} rows it is faster decoded"
-        of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
         return Formulation(FLOAT, reason if inputs_last else f"{reason} on CPU", say=heard, gpu=gpu, cpu=of_said)
     return Formulation(INTEGER, run=run, gpu=gpu, cpu=cpu_run)

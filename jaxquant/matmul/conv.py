@@ -38,7 +38,7 @@ class Conv:
         if q.transform or q.kept is not None:
             return FLOAT, "its input would have to be transformed"
         if any(n != 1 for axis, n in enumerate(q.scale.shape) if axis != outputs):
-            return FLOAT, "its scales vary along the kernel's inputs"
+            return FLOAT, "its scales vary along the kernel's inputs: let `stats` tell them"
         if q.size // max(q.shape[outputs], 1) > LONGEST:
             return FLOAT, "its sums could overflow an int32"
         if dict(self.geometry)["batch_group_count"] != 1:

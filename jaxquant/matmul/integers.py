@@ -7,11 +7,11 @@ arrays an element at a time. There a single row is padded to two, and packed cod
 neighbouring outputs, which two shifts tell apart.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int8, Int32, Shaped
+
+from jaxquant.packed import bytes_of, places_of, unpacked
 
 # |activation code| <= 128 and |code - zero| <= 255: longer sums could overflow an int32.
 LONGEST = (2**31 - 1) // (128 * 255)
@@ -70,27 +70,6 @@ def _by_bytes(x: Int8[Array, "B G M k"], w: Shaped[Array, "B G k N"]) -> Int32[A
     packed, held = places_of(w.dtype), bytes_of(w)
     outs = [batched_dot(x, unpacked(held, place, packed), jnp.int32) for place in range(packed)]
     return jnp.stack(outs, axis=-1).reshape(*x.shape[:3], w.shape[-1])
-
-
-def places_of(dtype: Any) -> int:
-    """How many codes of a dtype lie in a byte."""
-    return 8 // jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 1
-
-
-def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:
-    """The bytes that packed codes lie in; codes of a byte as they are."""
-    packed = places_of(codes.dtype)
-    if packed == 1:
-        return codes
-    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // packed, packed)
-    return jax.lax.bitcast_convert_type(pairs, jnp.int8)
-
-
-def unpacked(held: Int8[Array, "..."], place: int, packed: int) -> Int8[Array, "..."]:
-    """The signed codes at one place of bytes that hold `packed` of them."""
-    bits = 8 // packed
-    # The place's bits to the top of the byte, and back down with their sign.
-    return held if packed == 1 else (held << (8 - bits * (place + 1))) >> (8 - bits)
 
 
 def batched_dot(x: Array, w: Array, dtype) -> Array:

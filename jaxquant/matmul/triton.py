@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int8, Shaped
 
-from jaxquant.matmul.integers import LONGEST, places_of, unpacked
+from jaxquant.matmul.integers import LONGEST
+from jaxquant.packed import places_of, unpacked
 from jaxquant.qtensor import look_up
 
 # How many programs keep every core of a large GPU busy: below that the sum over inputs is split among several.

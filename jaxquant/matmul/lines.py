@@ -1,0 +1,64 @@
+"""A matmul in floats by a weight whose inputs lie last, on a CPU: so many of its lines decoded at a time.
+
+    out[:, lines]  =  ( decode(q[lines]) x^T )^T        a line holds the weights of one output
+
+What `matmul.blocks` says of blocks holds here too. Lines lie together in memory, and decoded they are the left operand
+as it lies. A byte of packed codes holds neighbouring inputs: each place in it meets the inputs that lie there. Zero
+points come after, as a product of one number for each group, which is cheaper than an addition for each weight.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxquant.matmul.blocks import is_large
+from jaxquant.packed import bytes_of, places_of, unpacked
+from jaxquant.qtensor import QTensor, decode
+
+# Lines of a block, and how many blocks there should be, so that one is decoded while another is in a cache.
+_LINES, _BLOCKS = (512, 256, 128, 64), 8
+# Beyond so many rows a weight that stays in the caches is decoded as fast as a whole.
+_MANY_ROWS = 64
+
+
+def by_lines(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | None:
+    """The product `(x, q) -> out` of floats and decoded lines; None where that does not pay.
+
+    Args:
+      rows: the tokens.
+      q: the weight, `[B, K, N]`, whose inputs lie last.
+    """
+    (batch, inputs, outputs), groups = q.shape, q.scale.shape[1]
+    # A byte belongs to one group.
+    whole = groups > 0 and inputs // groups % places_of(q.codes.dtype) == 0
+    pays = rows <= _MANY_ROWS or is_large(q)
+    # Among several devices a weight may be cut, and a loop over its lines would make each gather the whole.
+    alone = batch == 1 and jax.device_count() == 1
+    return _by_lines if whole and pays and alone and outputs % _LINES[-1] == 0 else None
+
+
+def _by_lines(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M N"]:
+    n, places, rows = q.shape[2], places_of(q.codes.dtype), x[0].astype(jnp.float32)
+    lines = next((size for size in _LINES if n % size == 0 and size * _BLOCKS <= n), _LINES[-1])
+    codes, scale, zero = jax.tree.map(lambda part: jnp.swapaxes(part[0], 0, 1), (q.codes, q.scale, q.zero))
+    scale = jnp.broadcast_to(scale, (n, scale.shape[1]))
+    blocks = jax.tree.map(lambda part: part.reshape(-1, lines, part.shape[1]), (bytes_of(codes), scale))
+    apart = jnp.moveaxis(rows.reshape(rows.shape[0], -1, places), 2, 0)
+    symmetric = dataclasses.replace(q, zero=None, dtype=jnp.dtype(jnp.float32))
+
+    def one(block: tuple[Array, Array]) -> Float[Array, "lines M"]:
+        held, scale = block
+        parts = (unpacked(held, place, places) for place in range(places))
+        weights = (decode(dataclasses.replace(symmetric, codes=part, scale=scale)) for part in parts)
+        return functools.reduce(operator.add, (weight @ x.T for weight, x in zip(weights, apart, strict=True)))
+
+    out = jax.lax.map(one, blocks).reshape(n, -1)
+    if zero is not None:
+        sums = jnp.sum(rows.reshape(rows.shape[0], scale.shape[1], -1), axis=-1)
+        out = out - (zero.astype(jnp.float32) * scale) @ sums.T
+    return out.T[None]

@@ -1,0 +1,62 @@
+"""Codes of less than a byte, and the bytes they lie in.
+
+    byte = codes[place 0] | codes[place 1] << bits | ...        neighbours along the last axis
+
+XLA on CPU reads bytes fast and arrays of 4 and 2 bits an element at a time: whoever is in a hurry takes the bytes, and
+the codes out of them with two shifts.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["held"], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Codes held as bytes, which a program that asks for their bytes reads without taking them apart.
+
+    Args:
+      held: the bytes, int8.
+      dtype: static; of the codes.
+    """
+
+    # Any, because a tree may also hold shapes or shardings in the place of arrays.
+    held: Any
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the codes."""
+        *rows, held = self.held.shape
+        return (*rows, held * places_of(self.dtype))
+
+    @property
+    def codes(self) -> Shaped[Array, "*rows N"]:
+        """The codes themselves; `bytes_of` them is `held` again, which XLA knows."""
+        return jax.lax.bitcast_convert_type(self.held, self.dtype).reshape(self.shape)
+
+
+def places_of(dtype: Any) -> int:
+    """How many codes of a dtype lie in a byte."""
+    return 8 // jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 1
+
+
+def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:
+    """The bytes that packed codes lie in; codes of a byte as they are."""
+    packed = places_of(codes.dtype)
+    if packed == 1:
+        return codes
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // packed, packed)
+    return jax.lax.bitcast_convert_type(pairs, jnp.int8)
+
+
+def unpacked(held: Shaped[Array, "..."], place: int, packed: int) -> Shaped[Array, "..."]:
+    """The signed codes at one place of bytes that hold `packed` of them; codes of a byte as they are."""
+    bits = 8 // packed
+    # The place's bits to the top of the byte, and back down with their sign.
+    return held if packed == 1 else (held << (8 - bits * (place + 1))) >> (8 - bits)
