@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 
 import jaxquant as jq
-from jaxquant.cli import leaves
+from jaxquant.cli import inspect, leaves
 from jaxquant.cli.main import main
 from jaxquant.files.container import write_container
 
@@ -54,6 +54,24 @@ def test_inspect_reads_what_others_wrote(checkpoint, tmp_path, capsys):
     assert "int8 per-channel turned" in shown and "not finite" in shown
 
 
+BYTES = (np.int8, np.uint8, np.bool_, jnp.int4, jnp.uint4, jnp.int2, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", BYTES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("size", (0, 1, 30, 2500))
+def test_codes_that_are_counted_have_the_picture_of_the_numbers_they_are(monkeypatch, dtype, size):
+    monkeypatch.setattr(inspect, "_PART", 1000)
+    numbers = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    codes = numbers.view(dtype) if jnp.issubdtype(dtype, jnp.floating) else numbers.astype(dtype)
+    with np.errstate(invalid="ignore"):
+        assert inspect._bars(codes) == inspect._bars(codes.astype(np.float32))
+
+
+def test_everything_of_a_picture():
+    codes = np.repeat(np.arange(-8, 8), [1, 0, 2, 3, 4, 5, 6, 7, 0, 8, 8, 8, 8, 8, 8, 4]).astype(np.int8)
+    assert inspect._bars(codes) == inspect._bars(codes.astype(jnp.int4)) == "-8 ▁ ▂▃▄▅▆▇ ██████▄ 7"
+
+
 def everything():
     """One of each thing that a checkpoint of ours may hold."""
     w = jax.random.normal(jax.random.key(0), (16, 32))
@@ -74,7 +92,7 @@ def everything():
 def test_leaves_come_one_by_one_as_load_has_them(tmp_path, capsys, shard_bytes):
     jq.save(tmp_path / "q", everything(), shard_bytes=shard_bytes)
     tree = jq.load(tmp_path / "q")
-    found = dict(leaves.leaves_of(tmp_path / "q"))
+    found = dict(leaves.each_leaf(tmp_path / "q", lambda name, leaf: (name, leaf)))
     expected = dict(leaves._named((), tree))
     assert found.keys() == expected.keys() and "layers/1/b/0" in found and len(found) == 9
     for name, leaf in found.items():
@@ -94,15 +112,34 @@ def test_no_more_than_one_leaf_of_ours_is_in_memory(tmp_path):
     jq.save(tmp_path / "q", tree, shard_bytes=4 * size)
     del tree
     seen: list[weakref.ref] = []
-    tracemalloc.start()
-    for name, leaf in leaves.leaves_of(tmp_path / "q"):
+
+    def look(name, leaf):
         assert name == str(len(seen)) and leaf.shape == (2, size // 2)
         assert [earlier for earlier in seen if earlier() is not None] == []
         seen.append(weakref.ref(leaf.codes))
-        del leaf
+
+    tracemalloc.start()
+    leaves.each_leaf(tmp_path / "q", look)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(seen) == count and peak < 4 * size
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_looked_at_again(tmp_path):
+    def of(value):
+        return {str(i): jnp.full(4, value + i) for i in range(3)}
+
+    jq.save(tmp_path / "q", of(0.0), shard_bytes=1)
+    seen = []
+
+    def look(name, leaf):
+        seen.append(name)
+        if seen == ["0"]:
+            jq.save(tmp_path / "q", of(10.0), shard_bytes=1)  # and the files of the first are gone
+        return float(leaf[0])
+
+    assert leaves.each_leaf(tmp_path / "q", look) == [10.0, 11.0, 12.0]
+    assert seen == ["0", "0", "1", "2"]
 
 
 def test_inspect_says_what_is_damaged(tmp_path, capsys):

@@ -163,6 +163,7 @@ def test_leaves_that_have_no_place(tmp_path):
     for tree, says in (
         ({"a": {"f": len}}, "a/f: builtin.*eqx.filter"),
         ({("a",): 1}, "is neither text nor a whole number"),
+        ({"a": {"b": 1, 2: 3}}, r"a: its keys \['b', 2\] are .* which JAX cannot sort"),
     ):
         with pytest.raises(FileError, match=says):
             jq.save(tmp_path / "q", tree)

@@ -3,6 +3,7 @@
 `python tests/test_fuzz.py 1000000` goes on for longer, from another seed.
 """
 
+import itertools
 import json
 import math
 import random
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mutations import mutations
+from mutations import edits, mutations
 
 import jaxquant as jq
 from jaxquant.errors import FileError
@@ -42,17 +43,34 @@ def ours() -> bytes:
         return (Path(folder) / "a").read_bytes()
 
 
+def opened(data: bytes) -> tuple[str, bytes]:
+    """The header of a safetensors file, and what follows it."""
+    length = int.from_bytes(data[:8], "little")
+    return data[8 : 8 + length].decode(), data[8 + length :]
+
+
+def headed(header: str, rest: bytes) -> bytes:
+    """A safetensors file of a header and what follows it."""
+    return struct.pack("<Q", len(header.encode())) + header.encode() + rest
+
+
 def resealed(data: bytes, seed: int, count: int) -> Iterator[bytes]:
-    """Checkpoints whose description is damaged, and its checksum made to fit."""
+    """Checkpoints whose description is damaged, in its bytes or in its parts, and its checksum made to fit."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").write_bytes(data)
         text = unsealed(open_container(Path(folder) / "a"), "jaxquant")
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    for mutant in mutations(seed, text.encode(), count):
-        header["__metadata__"]["jaxquant"] = seal(mutant.decode("latin-1"))
-        packed = json.dumps(header).encode()
-        yield struct.pack("<Q", len(packed)) + packed + data[8 + length :]
+    header, rest = opened(data)
+    texts = (mutant.decode("latin-1") for mutant in mutations(seed, text.encode(), count // 2))
+    for mutant in itertools.chain(texts, edits(seed, text, count - count // 2)):
+        changed = json.loads(header)
+        changed["__metadata__"]["jaxquant"] = seal(mutant)
+        yield headed(json.dumps(changed), rest)
+
+
+def reheaded(data: bytes, seed: int, count: int) -> Iterator[bytes]:
+    """Safetensors files whose header has other parts."""
+    header, rest = opened(data)
+    return (headed(mutant, rest) for mutant in edits(seed, header, count))
 
 
 def arrays(tree) -> int:
@@ -110,9 +128,12 @@ def fuzz_layout(layout: str, folder: Path, seed: int, count: int) -> tuple[int, 
         return jq.load_safetensors(folder)
 
     beside.write_bytes(config)
-    first = refused(path, mutations(seed, data, count // 2), read)
+    quarter = count // 4
+    files = itertools.chain(mutations(seed, data, quarter), reheaded(data, seed, quarter))
+    first = refused(path, files, read)
     path.write_bytes(data)
-    second = refused(beside, mutations(seed, config, count - count // 2), read)
+    texts = (text.encode() for text in edits(seed, config.decode(), count - 3 * quarter))
+    second = refused(beside, itertools.chain(mutations(seed, config, quarter), texts), read)
     return first[0] + second[0], first[1] + second[1]
 
 

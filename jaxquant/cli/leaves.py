@@ -1,8 +1,9 @@
 """The arrays and bundles of a checkpoint by name, whoever wrote it, one at a time."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -11,27 +12,34 @@ from jaxquant.files import load_gguf, load_safetensors
 from jaxquant.files.arrays import array_of
 from jaxquant.files.container import Container, open_container
 from jaxquant.files.description import leaves, rebuild
-from jaxquant.files.load import description, places
+from jaxquant.files.load import description, latest, places
 from jaxquant.params import is_bundle
 from jaxquant.trace import path_name
 
 Leaves = Iterator[tuple[str, Any]]
+T = TypeVar("T")
 
 
-def leaves_of(path: Path) -> Leaves:
-    """Those of a checkpoint; of ours and of llama.cpp's, one is read when it is asked for, and not kept.
+def each_leaf(path: Path, look: Callable[[str, Any], T]) -> list[T]:
+    """What a function says of every leaf of a checkpoint; of ours and of llama.cpp's, one is in memory at a time.
+
+    A checkpoint that another process replaces meanwhile is looked at again.
 
     Raises:
       FileError: it is none, or damaged.
       OSError: it cannot be read.
     """
+
+    def looked(found: Leaves) -> list[T]:
+        return list(itertools.starmap(look, found))  # no name here for a leaf, which would keep it
+
     if path.is_file() and _begins_with(path, b"GGUF"):
-        return iter(load_gguf(path).tensors.items())
+        return looked(iter(load_gguf(path).tensors.items()))
     if path.is_file() and path.suffix != ".json":
         container = open_container(path)
         if "jaxquant" in container.metadata:
-            return _ours(container)
-    return _named((), load_safetensors(path))
+            return latest(container, lambda current: looked(_ours(current)))
+    return looked(_named((), load_safetensors(path)))
 
 
 def _begins_with(path: Path, word: bytes) -> bool:

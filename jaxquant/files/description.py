@@ -61,7 +61,7 @@ def describe(tree: PyTree, root: tuple[str | int, ...] = ()) -> tuple[Node, dict
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
         if type(value) is dict:
-            return {"dict": [[_key(path, key), node((*path, key), child)] for key, child in value.items()]}
+            return {"dict": [[key, node((*path, key), value[key])] for key in _keys(path, value)]}
         if type(value) in (list, tuple):
             children = [node((*path, i), child) for i, child in enumerate(value)]
             return {type(value).__name__: children}
@@ -105,10 +105,16 @@ def _width(dtype: Any, bits: int | None) -> int | None:
     return width if width < 8 else None
 
 
-def _key(path: tuple, key: Hashable) -> str | int:
-    if isinstance(key, bool) or not isinstance(key, str | int):
-        raise FileError(f"{'/'.join(map(str, path))}: its key {key!r} is neither text nor a whole number.")
-    return key
+def _keys(path: tuple, tree: dict[Hashable, Any]) -> list[Any]:
+    for key in tree:
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            raise FileError(f"{'/'.join(map(str, path))}: its key {key!r} is neither text nor a whole number.")
+    if len({isinstance(key, str) for key in tree}) > 1:
+        raise FileError(
+            f"{'/'.join(map(str, path))}: its keys {list(tree)[:8]} are texts and numbers, which JAX cannot sort. Make "
+            "all of them texts."
+        )
+    return list(tree)
 
 
 def _step(key: Any) -> str | int:
@@ -125,7 +131,7 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
       path: where it stands.
     """
     match node:
-        case {"dict": [*items], **rest} if not rest and all(map(_is_item, items)):
+        case {"dict": [*items], **rest} if not rest and _are_items(items):
             steps = [(jax.tree_util.DictKey(key), child) for key, child in items]
         case {"list": [*items], **rest} | {"tuple": [*items], **rest} if not rest:
             steps = [(jax.tree_util.SequenceKey(index), child) for index, child in enumerate(items)]
@@ -150,7 +156,7 @@ def rebuild(node: Any, read: Callable[[str], Any], file: Path) -> PyTree:
     match node:
         case {"value": None | bool() | int() | float() | str() as value, **rest} if not rest:
             return value
-        case {"dict": [*items], **rest} if not rest and all(map(_is_item, items)):
+        case {"dict": [*items], **rest} if not rest and _are_items(items):
             return {key: rebuild(child, read, file) for key, child in items}
         case {"list": [*items], **rest} if not rest:
             return [rebuild(child, read, file) for child in items]
@@ -167,8 +173,10 @@ def rebuild(node: Any, read: Callable[[str], Any], file: Path) -> PyTree:
     raise FileError(f"{file}: its description holds {str(node)[:80]}, which this version does not know.")
 
 
-def _is_item(item: Any) -> bool:
-    return isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int)
+def _are_items(items: list[Any]) -> bool:
+    """Whether they are the keys and children of a dict that JAX can sort."""
+    pairs = all(isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int) for item in items)
+    return pairs and len({type(item[0]) for item in items}) < 2
 
 
 def _prng_key(data: Any, implementation: str, file: Path) -> jax.Array:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jaxtyping import PyTree
@@ -21,6 +21,7 @@ from jaxquant.params import is_bundle
 from jaxquant.trace import path_name
 
 VERSION = 1
+T = TypeVar("T")
 
 
 def load(path: str | os.PathLike, like: PyTree = None) -> PyTree:
@@ -39,18 +40,19 @@ def load(path: str | os.PathLike, like: PyTree = None) -> PyTree:
       FileError: it is no file of `save`'s, or of a newer version; or it has other paths or shapes than `like`.
       OSError: it cannot be read.
     """
-    tree = _tree(open_container(path))
+    tree = latest(open_container(path), _read)
     return tree if like is None else _placed(tree, like, Path(path))
 
 
-def _tree(container: Container) -> PyTree:
+def latest(container: Container, read: Callable[[Container], T]) -> T:
+    """What is read of a file, or of the one that has taken its place meanwhile."""
     try:
-        return _read(container)
+        return read(container)
     except (FileError, FileNotFoundError):
-        latest = open_container(container.path)
-        if latest.metadata == container.metadata:
+        now = open_container(container.path)
+        if now.metadata == container.metadata:
             raise
-        return _tree(latest)  # another process has saved meanwhile, and removed what the old file named
+        return latest(now, read)  # another process has saved meanwhile, and removed what the old file named
 
 
 def _read(container: Container) -> PyTree:
