@@ -6,6 +6,7 @@
 Where all scales are powers of two nothing is rounded at all, and the results are equal bit for bit.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -25,7 +26,7 @@ from jaxquant.errors import FormatError
 from jaxquant.matmul.arithmetic import grouped_dot
 from jaxquant.matmul.blocks import _by_columns, _by_inputs
 from jaxquant.matmul.integers import integer_dot
-from jaxquant.matmul.lines import by_lines
+from jaxquant.matmul.lines import by_lines, by_row
 
 INTEGER = "int8 x int8 -> int32"
 
@@ -263,6 +264,16 @@ def test_a_scale_for_each_input_is_folded_into_the_activations():
     assert jq.explain(lambda q, x: x @ q, w, x).meetings[0].arithmetic == INTEGER
 
 
+def test_scales_that_do_not_follow_the_axes_of_a_matmul_say_what_does():
+    """Law: inputs guessed from a name may be others, and then it is a float matmul; `stats` make it an integer one."""
+    x, params = normal((3, 32)), {"up": {"kernel": normal((32, 4, 8), 1)}}
+    fn = lambda params, x: jnp.tensordot(x, params["up"]["kernel"], 1)  # noqa: E731
+    guessed, known = (jq.quantize_params(params, stats=stats) for stats in (None, jq.calibrate(fn, params, [x])))
+    (row,), (other,) = (jq.explain(fn, qparams, x).meetings for qparams in (guessed, known))
+    assert row.arithmetic == "float" and "its scales do not follow the axes" in row.reason and "`stats`" in row.reason
+    assert other.arithmetic == INTEGER and other.reason == ""
+
+
 def split_largest(x, count, axes):
     """The `count` largest numbers of each token and the rest, each in the shape of `x`."""
     tokens = np.moveaxis(x, axes, range(-len(axes), 0))
@@ -341,6 +352,13 @@ def test_formats_that_activations_cannot_have(format):
     ):
         with pytest.raises(FormatError, match=r"activations=.*per token"):
             run()
+
+
+@pytest.mark.parametrize("wrong", [jnp.int8, 8, "int8"], ids=["dtype", "number", "text"])
+def test_what_is_no_format_of_activations_is_refused(wrong):
+    """Law: refused by what it is when `quantized` is called, naming a format."""
+    with as_shipped(), pytest.raises(FormatError, match=re.escape(f"activations={wrong!r}: ") + r".*jq\.int8"):
+        jq.quantized(jnp.matmul, activations=wrong)
 
 
 # Convolutions and ragged_dot
@@ -500,6 +518,32 @@ def test_dot_general_of_two_qtensors_decodes_the_left():
     assert close(jq.dot_general(a, b, NUMBERS, activations=None), decoded(a) @ decoded(b))
 
 
+# name: the shapes of the activations and of the weight, and dimension numbers that are none of theirs.
+MISMATCHED = {
+    "inputs": ((3, 16), (32, 24), NUMBERS),
+    "batches": ((2, 3, 32), (4, 32, 24), (((2,), (1,)), ((0,), (0,)))),
+    "an axis more": ((3, 32), (32, 24), (((0, 1), (0,)), ((), ()))),
+    "an axis twice": ((3, 32), (32, 24), (((1,), (0,)), ((1,), (0,)))),
+    "no such axis": ((32,), (32, 24), NUMBERS),
+    "from the end": ((3, 32), (32, 24), (((-1,), (0,)), ((), ()))),
+}
+
+
+@pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["upright", "turned"])
+@pytest.mark.parametrize("x_shape, w_shape, numbers", MISMATCHED.values(), ids=MISMATCHED)
+def test_shapes_that_do_not_match_are_jaxs_errors(x_shape, w_shape, numbers, turn):
+    """Law: what `jax.lax.dot_general` says of the decoded weight, on either side."""
+    x, q = jnp.asarray(normal(x_shape)), jq.quantize(normal(w_shape, 1))
+    swapped = tuple(pair[::-1] for pair in numbers)
+    for weight_first, numbers_ in ((False, numbers), (True, swapped)):
+        messages = []
+        for product, w in ((jax.lax.dot_general, jq.dequantize(q)), (jq.dot_general, turn(q))):
+            with pytest.raises(TypeError) as error:
+                product(*((w, x) if weight_first else (x, w)), numbers_)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+
+
 @pytest.mark.parametrize("weights", [jq.int8, jq.int4(group=8)], ids=str)
 def test_flax_hooks_are_what_quantized_does(weights):
     """Law: a Flax layer with the hook, over its float kernel, equals the plain layer over the quantized kernel."""
@@ -542,6 +586,24 @@ def test_a_look_up_is_that_of_the_decoded_table(pick, format, axis):
     assert np.array_equal(got, expected, equal_nan=True)
 
 
+EACH_ALONE = {
+    "rows": lambda q, i: jax.vmap(lambda k: q[k])(i.reshape(-1)),
+    "rows of rows": lambda q, i: jax.vmap(jax.vmap(lambda k: q[k]))(i),
+    "columns": lambda q, i: jax.vmap(lambda k: q[:, k])(i.reshape(-1)),
+    "slices": lambda q, i: jax.vmap(lambda k: jax.lax.dynamic_slice(q, (k, 0), (1, q.shape[1])))(i.reshape(-1)),
+}
+
+
+@pytest.mark.parametrize("pick", EACH_ALONE.values(), ids=EACH_ALONE)
+@pytest.mark.parametrize("format, axis", TABLES, ids=lambda value: str(value))
+def test_a_look_up_for_each_token_alone_is_that_of_the_decoded_table(pick, format, axis):
+    """Law: so is an index under `vmap`, of which JAX clips what is out of range, and only what it picks is decoded."""
+    q = jq.quantize(normal((24, 16)), format, axis=axis)
+    indices = jnp.array([[0, 5, 15], [-1, -16, 100]], jnp.int32)
+    assert np.array_equal(jq.quantized(pick)(q, indices), pick(jq.dequantize(q), indices))
+    assert [row.arithmetic for row in jq.explain(pick, q, indices).meetings] == ["look-up"]
+
+
 @pytest.mark.parametrize("format", [jq.int8, jq.int4(group=8)], ids=str)
 def test_picked_matrices_stay_in_codes(format):
     """Law: experts that are picked are weights still, and one out of range gives NaN to its own tokens."""
@@ -555,6 +617,20 @@ def test_picked_matrices_stay_in_codes(format):
     assert np.isnan(out[2]).all()
     assert close(out[np.array(served)], np.einsum("td,tdf->tf", rounded(x[served], jq.int8, (1,)), experts), 2e-6)
     assert [row.arithmetic for row in jq.explain(fn, q, chosen, x).meetings] == [INTEGER]
+
+
+@pytest.mark.parametrize("format", [jq.int8, jq.int4(group=8)], ids=str)
+def test_matrices_picked_by_each_token_alone_are_those_picked_together(format):
+    """Law: `E[i]` under `vmap` is `E[indices]`: the same numbers in codes, and the same statistics."""
+    experts, x, chosen = normal((3, 32, 24)), normal((4, 32), 1), jnp.array([2, 0, -3, -1], jnp.int32)
+    q = jq.quantize(experts, format)
+    together = lambda w, chosen, x: jnp.einsum("td,tdf->tf", x, w[chosen])  # noqa: E731
+    alone = lambda w, chosen, x: jax.vmap(lambda i, x: x @ w[i])(chosen, x)  # noqa: E731
+    assert np.array_equal(*(jq.quantized(fn)(q, chosen, x) for fn in (alone, together)))
+    assert [row.arithmetic for row in jq.explain(alone, q, chosen, x).meetings] == [INTEGER]
+    found, expected = (jq.calibrate(fn, experts, [(chosen, x)]) for fn in (alone, together))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -589,6 +665,21 @@ def test_in_lines_it_is_the_same_product(format):
     expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
     found = jax.jit(lines)(jnp.asarray(x), q)
     assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
+
+
+@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int8(group=32)], ids=["", "affine", "group"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_sums_in_pieces_are_exact(rows, format):
+    """Law: sums of 16 bits hold two products of any codes, the least of both included."""
+    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 128, 36), 1)))
+    least, x = jnp.full_like(q.codes, -128), np.random.default_rng(0).integers(-128, 128, (1, rows, 128))
+    for codes in (q.codes, least, least.at[:, ::2].set(127)):
+        for row in (x, np.full_like(x, -128), np.full_like(x, 127)):
+            one = dataclasses.replace(q, codes=codes)
+            product = by_row(one)
+            assert product is not None
+            found = jax.jit(product)(jnp.asarray(row, jnp.int8), one)
+            assert np.array_equal(found, (row.astype(np.float64) @ decoded(one)).astype(np.float32))
 
 
 @pytest.mark.parametrize("pieces", [1, 4])

@@ -15,7 +15,7 @@ from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import digits, floats, folded, grouped_dot, integer, say
 from jaxquant.matmul.blocks import by_inputs, by_outputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
-from jaxquant.matmul.lines import by_lines
+from jaxquant.matmul.lines import by_lines, by_row
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
 
@@ -30,6 +30,8 @@ _FEW_ROWS = 4
 # Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, with
 # them, and where its inputs lie last.
 _FEW_DIGITS, _FEW_GROUPED, _FEW_LYING = 8, 2, 4
+# Up to this many rows of codes sums in pieces are faster than XLA's library.
+_FEW_PIECES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,11 @@ def _of_codes(
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
     heard = functools.partial(say, activations=activations, outliers=outliers)
+    # Tokens with zero points bring a row of ones.
+    by_pieces = by_row(q) if inputs_last and rows + (not activations.symmetric) <= _FEW_PIECES else None
+    if by_pieces is not None:
+        of_row = functools.partial(exact, product=by_pieces)
+        return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=of_row)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
     if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
         # The same sums, of the same codes, without an array of bytes in between.
