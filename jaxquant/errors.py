@@ -22,7 +22,7 @@ class NotQuantizableError(TypeError):
 
 
 class ClosureError(TypeError):
-    """A `QTensor` used as if it were an array, outside the arguments of `quantized(fn)`."""
+    """A weight in codes, with an adapter or with a learned range, used as if it were an array."""
 
 
 class StatsError(ValueError):

@@ -24,7 +24,7 @@ from tables import limits, oracle_scale, spread, table
 
 import jaxquant as jq
 from jaxquant import inputs
-from jaxquant.errors import OptionError
+from jaxquant.errors import OptionError, ShapeError
 from jaxquant.qtensor import Kept
 from jaxquant.quantizers.quantizer import check_format
 from jaxquant.stats import Stats, observe, output_error, quantile, rescale
@@ -292,6 +292,53 @@ def test_a_matrix_of_odd_width_is_not_rotated(width, format):
     w, inner = problem(7, width=width)[1], jq.rtn(FORMATS[format])
     both = jax.jit(lambda w: (jq.rotated(inner)(w, None), inner(w, None)))(w)
     assert np.array_equal(*map(decoded, both))
+
+
+def attention(number, head, out):
+    """The kernels that take inputs to heads, and heads to outputs: `[heads, head, out]`."""
+    shapes = {"query": (out, number, head), "out": (number, head, out)}
+    draw = np.random.default_rng(0)
+    return {name: {"kernel": jnp.asarray(draw.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
+
+
+def test_a_limited_block_rotates_inputs_that_are_heads():
+    """Law: blocks of 8 rotate [2, 24, out] as they rotate [48, out]; blocks of 16 cut a head, which is an error."""
+    params, inner = attention(2, 24, 16), jq.rtn(jq.int4(group=8))
+    for quantizer in (jq.rotated(inner), jq.rotated(inner, block=16)):
+        with pytest.raises(ShapeError, match=r"^out/kernel: int4 g8 rotated: its blocks of 16 inputs.*24.*`block`"):
+            jq.quantize_params(params, quantizer)
+    q = jq.quantize_params(params, jq.rotated(inner, block=8))["out"]["kernel"]
+    w = params["out"]["kernel"]
+    flat = jax.jit(jq.rotated(inner, block=8))(w.reshape(48, 16), None)
+    assert q.blocks == (1, 8, 1) and flat.blocks == (8, 1)
+    np.testing.assert_allclose(jq.dequantize(q).reshape(48, 16), jq.dequantize(flat), rtol=1e-5, atol=1e-6)
+    x, fn = jnp.asarray(problem(1, 3)[0]), lambda w, x: heads(w, x, 2)
+    served = jq.quantized(fn, activations=None)(q, x)
+    rounding = 8 * K * EPS * np.max(np.abs(x) @ np.abs(w.reshape(48, 16)))  # a rotated number is up to 4 times as large
+    np.testing.assert_allclose(served, fn(jq.dequantize(q), x), rtol=0, atol=rounding)
+
+
+def test_kept_inputs_of_heads_need_a_block_that_divides_them():
+    stats = {"out/kernel": dataclasses.replace(observe(jnp.ones((4, 48))), inputs=(0, 1))}
+    where = lambda path, _: path == "out/kernel"  # noqa: E731
+    with pytest.raises(ShapeError, match=r"^out/kernel: int8 per-channel outliers: its blocks of 16 inputs"):
+        jq.quantize_params(attention(2, 24, 16), jq.outliers(jq.int8, block=16), stats=stats, where=where)
+
+
+@pytest.mark.parametrize("block", [0, 1, 3, 12, True])
+def test_a_block_is_a_power_of_two(block):
+    with pytest.raises(OptionError, match=rf"rotated\(block={block}\)"):
+        jq.rotated(jq.int8, block=block)
+
+
+@pytest.mark.parametrize("block", [2, 8, 64, 1024])
+def test_a_block_limits_what_is_mixed(block):
+    """Law: blocks are the shorter of the limit and what divides the inputs, and no limit is that of any length."""
+    w = problem(7, width=96)[1]
+    q = jax.jit(jq.rotated(jq.rtn(jq.int8), block=block))(w, None)
+    assert q.blocks == (min(block, 32), 1)
+    if block >= 32:
+        assert np.array_equal(decoded(q), decoded(jax.jit(jq.rotated(jq.rtn(jq.int8)))(w, None)))
 
 
 @pytest.mark.parametrize(

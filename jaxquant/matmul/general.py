@@ -39,6 +39,7 @@ def dot_general(
 
     Raises:
       FormatError: `activations` is not an integer format per token.
+      TypeError: the shapes do not match, in the words of `jax.lax.dot_general`.
     """
     check_activations(activations, outliers)
     if weights is not None and not isinstance(rhs, QTensor | Turned):
@@ -53,7 +54,7 @@ def dot_general(
         return jax.lax.dot_general(left, right, dimension_numbers, precision, preferred_element_type, **options)
     x, weight = (right, left) if first else (left, right)
     shapes = [jax.ShapeDtypeStruct(side.shape, side.dtype) for side in sides]
-    jax.eval_shape(lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, dimension_numbers), *shapes)  # JAX's errors
+    jax.eval_shape(lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, dimension_numbers), *shapes)  # for JAX's errors
     memory = swapped(weight.ndim) if is_turned(weight) else tuple(range(weight.ndim))
     q, numbers, memory = as_it_lies(upright(weight).settled, memory, dimension_numbers, first)
     dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)

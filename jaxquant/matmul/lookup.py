@@ -45,21 +45,16 @@ def pick_matrices(param: Any, indices: Any, params: Mapping[str, Any]) -> Param 
     if not isinstance(param, Param) or isinstance(indices, Param):
         return None
     indices, params = without_idle(param.value.shape, indices, params)
-    rank, offsets = param.value.ndim, tuple(params["dimension_numbers"].offset_dims)
+    rank, numbers = param.value.ndim, params["dimension_numbers"]
     axis = picked_axis(param.value.shape, params)
-    if axis is None or _width(params) < 2 or getattr(param.value, "blocks", (1,) * rank)[axis] > 1:
+    if axis is None or rank < 3 or getattr(param.value, "blocks", (1,) * rank)[axis] > 1:
         return None
     batch = indices.shape[:-1]
-    in_place = offsets == (*range(axis), *range(axis + len(batch), rank - 1 + len(batch)))
-    origin = param.origin.index(axis, batch) if param.origin and in_place else None
+    picks = batch if numbers.collapsed_slice_dims else (*batch, 1)
+    in_place = tuple(numbers.offset_dims) == (*range(axis), *range(axis + len(batch), rank - 1 + len(picks)))
+    origin = param.origin.index(axis, picks) if param.origin and in_place else None
     index = jnp.clip(indices[..., 0], 0, param.value.shape[axis] - 1)
     return param.view(pick(param.value, indices, axis, params), origin, index if origin else None)
-
-
-def _width(params: Mapping[str, Any]) -> int:
-    """The rank of what is picked, without the axis it is picked along."""
-    numbers = params["dimension_numbers"]
-    return len(numbers.offset_dims) - (not numbers.collapsed_slice_dims)
 
 
 def pick(bundle: Bundle, indices: Int[Array, "... 1"], axis: int, params: Mapping[str, Any]) -> Bundle:

@@ -106,10 +106,11 @@ def _is_followed(leaf: Any) -> bool:
 
 def _decoded(param: Param, why: str) -> Array:
     del why
-    if isinstance(sides := param.value, Sides):
-        base = sides.base.array if isinstance(sides.base, Plain) else sides.base
-        return dataclasses.replace(sides, base=base).decode()
-    return decode(sides) if is_qtensor(sides) else sides.array
+    value = param.value
+    if isinstance(value, Sides):
+        base = value.base.array if isinstance(value.base, Plain) else value.base
+        return dataclasses.replace(value, base=base).decode()
+    return decode(value) if is_qtensor(value) else value.array
 
 
 def _dot_tokens(param: Param, x: Array, numbers: Any, weight_first: bool) -> Tokens:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxquant import trace
-from jaxquant.adapter import is_adapted, is_leaf
+from jaxquant.adapter import is_adapted
 from jaxquant.errors import AdapterError, CalibrationError, NotQuantizableError, ShapeError, UnseenError
 from jaxquant.format import Format
 from jaxquant.matrices import Matrices, write
@@ -82,7 +82,7 @@ def quantize_sequentially(
 
 
 def _check_bare(params: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapted):
         if is_adapted(leaf):
             raise AdapterError(
                 f"{trace.path_name(path)} has an adapter: merge_lora it, or quantize jq.split_lora(params)[1] and "
