@@ -149,7 +149,8 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
         "W8A8": contender(jq.quantized(apply), int8),
         "W8A8 turned": contender(jq.quantized(apply), jq.turned(int8)),
         "W8A8 turned, affine, one outlier": contender(jq.quantized(apply, **ARITHMETIC), jq.turned(int8)),
-        "W4A8 g64, head W8A8": contender(jq.quantized(apply), int4),
+        "W4A8 g64 turned, head W8A8": contender(jq.quantized(apply), jq.turned(int4)),
+        "W4 g64 turned, head W8": contender(jq.quantized(apply, activations=None), jq.turned(int4)),
         **peers.present({"llama.cpp": peers.llama_cpp_models}, console, files, tokens, STEPS),
     }
     with console.status("Checking every contender's logits"):

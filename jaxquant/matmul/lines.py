@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int8, Int16, Int32
 
 from jaxquant.matmul.blocks import is_large
 from jaxquant.packed import bytes_of, places_of, unpacked
-from jaxquant.qtensor import QTensor, decode
+from jaxquant.qtensor import QTensor, centre, decode
 
 # Lines of a block, and how many blocks there should be, so that one is decoded while another is in a cache.
 _LINES, _BLOCKS = (512, 256, 128, 64), 8
@@ -101,6 +101,7 @@ def _by_row(x: Int8[Array, "1 M K"], q: QTensor, side: int) -> Float[Array, "1 M
 
     sums = -jnp.sum(jnp.moveaxis(jax.lax.map(one, blocks), 1, 0).reshape(rows, n, groups, -1), axis=-1)
     if zero is not None:
+        zero = centre(dataclasses.replace(q, zero=zero[None]))
         inputs = jnp.sum(x.reshape(rows, 1, groups, -1), axis=-1, dtype=jnp.int32)
-        sums = sums.astype(jnp.float32) - zero.astype(jnp.float32)[None] * inputs.astype(jnp.float32)
+        sums = sums.astype(zero.dtype) - zero * inputs.astype(zero.dtype)
     return jnp.sum(sums.astype(jnp.float32) * scale[None], axis=-1)[None]
