@@ -84,7 +84,8 @@ def _backward(gradients: Format | None, key: Any) -> matmul.Backward | None:
         return None
     if key is None:
         raise OptionError(f"qat(gradients={gradients}): give a key to round them at random, another for every step.")
-    if not (gradients.is_integer and gradients.symmetric and gradients.group is None):
+    whole = isinstance(gradients, Format) and gradients.is_integer and gradients.group is None
+    if not (whole and gradients.symmetric):
         raise OptionError(f"qat(gradients={gradients}): gradients are symmetric integers, such as jq.int8.")
     return matmul.Backward(gradients, key)
 
