@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Shaped, UInt8
 
 from jaxquant.errors import FileError
+from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 
 Bytes = UInt8[np.ndarray, "blocks _"]
@@ -152,7 +153,6 @@ BLOCKS = {
     "IQ4_NL": Blocks(4, 8, _q4_0, tuple(map(float, _IQ4_NL))),
     "MXFP4": Blocks(4, 8, _mxfp4, tuple(map(float, _E2M1))),
 }
-_CONTAINERS = {8: jnp.int8, 4: jnp.int4, 3: jnp.int4, 2: jnp.int2}
 
 
 def unpacked(kind: str, blocks: Bytes, shape: tuple[int, ...], name: str) -> QTensor:
@@ -180,7 +180,7 @@ def unpacked(kind: str, blocks: Bytes, shape: tuple[int, ...], name: str) -> QTe
         scale = np.where(flat, low, scale)
         ratio = np.divide(low.astype(np.float64), scale, where=scale != 0, out=np.ones(scale.shape))
         zero = _laid((-row.middle - ratio).astype(np.float32), shape)
-    codes = jnp.asarray(codes.reshape(shape)).astype(_CONTAINERS[row.bits])
+    codes = jnp.asarray(codes.reshape(shape)).astype(Format(bits=row.bits).container)
     return QTensor(codes, _laid(scale, shape), zero, jnp.dtype(jnp.float32), row.bits, row.levels)
 
 
