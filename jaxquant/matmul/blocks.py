@@ -44,11 +44,11 @@ def by_inputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
       rows: the tokens.
       q: the weight, `[B, K, N]`, in integer codes.
     """
-    (batch, inputs, outputs), groups = q.shape, q.scale.shape[1]
+    (_, inputs, outputs), groups = q.shape, q.scale.shape[1]
     member = inputs // max(groups, 1)
     block = max((size for size in range(1, min(member, _LONGEST) + 1) if member % size == 0), default=0)
     pays = _pays(rows, q) and rows <= _MANY_ROWS and (groups > 1 or inputs * outputs >= _WHOLE)
-    if batch != 1 or places_of(q.codes.dtype) == 1 or block < _SHORTEST or not pays:
+    if not is_alone(q) or places_of(q.codes.dtype) == 1 or block < _SHORTEST or not pays:
         return None
     return lambda product: functools.partial(_by_inputs, product=product, block=block)
 
@@ -60,20 +60,26 @@ def by_outputs(rows: int, q: QTensor) -> Product | None:
       rows: the tokens.
       q: the weight, `[B, K, N]`.
     """
-    batch, inputs, outputs = q.shape
+    _, inputs, outputs = q.shape
     places = places_of(q.codes.dtype)
     fit = [size for size in _COLUMNS if outputs % (size * places) == 0 and size * places * _BLOCKS <= outputs]
     columns = next((columns for columns in fit if 4 * inputs * columns <= _CACHE), min(fit, default=None))
-    if batch != 1 or columns is None or not _pays(rows, q):
+    if not is_alone(q) or columns is None or not _pays(rows, q):
         return None
     return functools.partial(_by_columns, columns=columns)
 
 
 def _pays(rows: int, q: QTensor) -> bool:
     packed = places_of(q.codes.dtype) > 1
-    pays = is_large(q) or (packed and rows <= _FEW_ROWS and q.shape[1] * q.shape[2] >= _SMALL)
-    # Among several devices a weight may be cut, and a loop over blocks would make each gather the whole.
-    return pays and jax.device_count() == 1
+    return is_large(q) or (packed and rows <= _FEW_ROWS and q.shape[1] * q.shape[2] >= _SMALL)
+
+
+def is_alone(q: QTensor) -> bool:
+    """Whether a weight `[B, K, N]` is one matrix on one device.
+
+    Among several devices it may be cut, and a loop over blocks would make each gather the whole.
+    """
+    return q.shape[0] == 1 and jax.device_count() == 1
 
 
 def is_large(q: QTensor) -> bool:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int16, Int32
 
-from jaxquant.matmul.blocks import is_large
+from jaxquant.matmul.blocks import is_alone, is_large
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, centre, decode
 
@@ -39,13 +39,11 @@ def by_lines(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | None:
       rows: the tokens.
       q: the weight, `[B, K, N]`, whose inputs lie last.
     """
-    (batch, inputs, outputs), groups = q.shape, q.scale.shape[1]
+    (_, inputs, outputs), groups = q.shape, q.scale.shape[1]
     # A byte belongs to one group.
     whole = groups > 0 and inputs // groups % places_of(q.codes.dtype) == 0
     pays = rows <= _MANY_ROWS or is_large(q)
-    # Among several devices a weight may be cut, and a loop over its lines would make each gather the whole.
-    alone = batch == 1 and jax.device_count() == 1
-    return _by_lines if whole and pays and alone and outputs % _LINES[-1] == 0 else None
+    return _by_lines if whole and pays and is_alone(q) and outputs % _LINES[-1] == 0 else None
 
 
 def _by_lines(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M N"]:
@@ -76,12 +74,11 @@ def by_row(q: QTensor) -> Callable[[Array, QTensor], Array] | None:
     Args:
       q: the weight, `[B, K, N]`, in integer codes whose inputs lie last.
     """
-    (batch, inputs, outputs), groups = q.shape, q.scale.shape[1]
+    (_, inputs, outputs), groups = q.shape, q.scale.shape[1]
     member = inputs // max(groups, 1)
     fit = [side for side in _SIDE_BY_SIDE if member and member % (2 * side) == 0]
     pays = places_of(q.codes.dtype) == 1 and inputs * outputs < _MANY
-    alone = batch == 1 and jax.device_count() == 1
-    return functools.partial(_by_row, side=fit[0]) if fit and pays and alone else None
+    return functools.partial(_by_row, side=fit[0]) if fit and pays and is_alone(q) else None
 
 
 def _by_row(x: Int8[Array, "1 M K"], q: QTensor, side: int) -> Float[Array, "1 M N"]:
