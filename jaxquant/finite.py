@@ -1,5 +1,7 @@
 """Whether an array is finite, and where it is not: found where the array lies, which may be on many devices."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -15,9 +17,18 @@ def is_finite(w: ArrayLike) -> bool:
         return bool(_all_finite(w))
 
 
+def are_finite(w: Float[Array, "..."], axis: int | Sequence[int] | None) -> Bool[Array, "..."]:
+    """Whether the numbers along the axes, which stay as 1, are all finite.
+
+    `w - w` is NaN where `w` is not finite, and so is a sum of it. XLA's library on CPU adds numbers several times as
+    fast as a loop puts truth values together; its maximum may swallow a NaN.
+    """
+    return jnp.sum(w - w, axis=axis, keepdims=True) == 0
+
+
 @jax.jit
 def _all_finite(w: Float[Array, "..."]) -> Bool[Array, ""]:
-    return jnp.all(jnp.isfinite(w))
+    return jnp.squeeze(are_finite(w, None))
 
 
 def first_nonfinite(w: Float[Array, "..."], name: str) -> str:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxquant.finite import are_finite
 from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import quantize_tokens
 from jaxquant.matmul.derivative import apply
@@ -109,7 +110,7 @@ def _rounded(x: Float[Array, "B M K"], format: Format, axis: int, key: Key[Array
     scale = jnp.where(scale > 0, scale, 1)
     moved = round_at_random(x / scale, key)
     codes = jnp.clip(moved, format.qmin, format.qmax).astype(jnp.int8)
-    return codes, jnp.where(jnp.all(jnp.isfinite(x), axis=axis, keepdims=True), scale, jnp.nan)
+    return codes, jnp.where(are_finite(x, axis), scale, jnp.nan)
 
 
 def _integer_dot(left: Codes, right: Codes, axis: int) -> Float[Array, "B R C"]:
