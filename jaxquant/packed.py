@@ -56,7 +56,12 @@ def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:
 
 
 def unpacked(held: Shaped[Array, "..."], place: int, packed: int) -> Shaped[Array, "..."]:
-    """The signed codes at one place of bytes that hold `packed` of them; codes of a byte as they are."""
-    bits = 8 // packed
-    # The place's bits to the top of the byte, and back down with their sign.
-    return held if packed == 1 else (held << (8 - bits * (place + 1))) >> (8 - bits)
+    """The signed codes at one place of bytes that hold `packed` of them; codes of a byte as they are.
+
+    The bytes may come as wider integers, which a CPU shifts faster.
+    """
+    if packed == 1:
+        return held
+    bits, width = 8 // packed, jnp.iinfo(held.dtype).bits
+    # The place's bits to the top of the integer, and back down with their sign.
+    return (held << (width - bits * (place + 1))) >> (width - bits)

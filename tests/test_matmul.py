@@ -23,10 +23,11 @@ from tables import SAMPLE, as_shipped, exactly, table
 
 import jaxquant as jq
 from jaxquant.errors import FormatError
-from jaxquant.matmul.arithmetic import grouped_dot
+from jaxquant.matmul.arithmetic import Tokens, grouped_dot
 from jaxquant.matmul.blocks import _by_columns, _by_inputs
 from jaxquant.matmul.integers import integer_dot
-from jaxquant.matmul.lines import by_lines, by_row
+from jaxquant.matmul.lines import by_lines
+from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 
 INTEGER = "int8 x int8 -> int32"
 
@@ -667,19 +668,69 @@ def test_in_lines_it_is_the_same_product(format):
     assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
 
 
-@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int8(group=32)], ids=["", "affine", "group"])
+IN_PIECES = {
+    f"{name}{' affine' if not symmetric else ''}": format(symmetric=symmetric)
+    for name, format in {
+        "int8": jq.int8,
+        "int8 g32": jq.int8(group=32),
+        "int4 g64": jq.int4(group=64),
+        "int4": jq.int4,
+        "int2 g32": jq.int2(group=32),
+    }.items()
+    for symmetric in (True, False)
+}
+
+
+@pytest.mark.parametrize("format", **table(IN_PIECES))
 @pytest.mark.parametrize("rows", [1, 2])
 def test_sums_in_pieces_are_exact(rows, format):
-    """Law: sums of 16 bits hold two products of any codes, the least of both included."""
+    """Law: products of 16 bits hold those of any codes, the least of both and the farthest zero point included."""
     q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 128, 36), 1)))
-    least, x = jnp.full_like(q.codes, -128), np.random.default_rng(0).integers(-128, 128, (1, rows, 128))
-    for codes in (q.codes, least, least.at[:, ::2].set(127)):
-        for row in (x, np.full_like(x, -128), np.full_like(x, 127)):
-            one = dataclasses.replace(q, codes=codes)
-            product = by_row(one)
-            assert product is not None
-            found = jax.jit(product)(jnp.asarray(row, jnp.int8), one)
-            assert np.array_equal(found, (row.astype(np.float64) @ decoded(one)).astype(np.float32))
+    least = int(jnp.iinfo(q.codes.dtype).min)
+    row, one = np.random.default_rng(0).integers(-128, 128, (1, rows, 128)), jnp.ones((1, rows, 1))
+    assert in_pieces(q)
+    for codes in (q.codes, jnp.full_like(q.codes, least), jnp.full_like(q.codes, least).at[:, ::2].set(-1 - least)):
+        for x in (row, np.full_like(row, -128), np.full_like(row, 127)):
+            for zero in (None, 0, 127, -128):
+                weight = dataclasses.replace(q, codes=codes)
+                tokens = Tokens(jnp.asarray(x, jnp.int8), one, None if zero is None else zero * one)
+                found = jax.jit(codes_in_pieces)(tokens, weight)
+                assert np.array_equal(
+                    found, ((x - (zero or 0)).astype(np.float64) @ decoded(weight)).astype(np.float32)
+                )
+
+
+@pytest.mark.parametrize("format", **table(IN_PIECES))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_floats_in_pieces_are_off_by_half_a_step_of_each_piece(rows, format):
+    """Law: |x~ w - x w| <= sum_p step_p / 2 sum_k |w|, of steps for as many bits as a sum of 32 has room for."""
+    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 128, 36), 1)))
+    x = normal((1, rows, 128))
+    x[..., 64:] *= 1e-4
+    x[..., 3] *= 1e3
+    info, member = jnp.iinfo(q.codes.dtype), 32 if format.group == 32 else 64
+    steps = 255 * 2**9 if info.bits == 8 else 2 ** (26 - info.bits) - 2 ** (17 - info.bits)
+    for codes in (q.codes, jnp.full_like(q.codes, info.min)):
+        weight = dataclasses.replace(q, codes=codes)
+        w, step = decoded(weight).astype(np.float64), np.abs(x).reshape(1, rows, -1, member).max(-1) / steps
+        # Beside that float32: the steps of a piece, and zero points before they cancel.
+        zero = np.zeros(q.scale.shape) if weight.zero is None else weight.zero.astype(jnp.float32) * weight.scale
+        sizes = np.abs(w) + 2 * np.repeat(np.abs(zero), 128 // q.scale.shape[1], axis=1)
+        within = np.repeat(step, member, axis=-1) / 2 @ np.abs(w) + 2.0**-20 * (np.abs(x).astype(np.float64) @ sizes)
+        found = jax.jit(floats_in_pieces)(jnp.asarray(x), weight)
+        assert np.all(np.abs(found - x.astype(np.float64) @ w) <= within)
+
+
+def test_a_token_that_is_not_finite_stays_so_in_pieces_and_the_others_stay_finite():
+    """Law: a NaN or an infinity is seen in every output of its token and in no other, whatever the sums are made of."""
+    q = jq.turned(jq.quantize(normal((128, 32)), jq.int8))
+    for activations in (jq.int8, None):
+        run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations))
+        for bad in (np.nan, np.inf, -np.inf):
+            x = normal((2, 128))
+            x[1, 100] = bad
+            assert not np.isfinite(run(q, x[1:])).any()
+            assert np.array_equal(np.isfinite(run(q, x)).any(axis=1), [True, False])
 
 
 @pytest.mark.parametrize("pieces", [1, 4])

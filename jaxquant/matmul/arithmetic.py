@@ -19,35 +19,53 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxquant.encode import Axes, quantize
+from jaxquant.finite import are_finite
 from jaxquant.format import Format, int8
 from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot
 from jaxquant.qtensor import Kept, QTensor, centre, decode
 
 
+class Tokens(NamedTuple):
+    """Activations in codes: `x = (codes - zero) * scale`, a scale and a zero point for each token."""
+
+    codes: Int8[Array, "*rows K"]
+    scale: Float[Array, "*ones"]
+    zero: Float[Array, "*ones"] | None
+
+
 def integer(
     x: Float[Array, "B M K"],
     q: QTensor,
-    product: Callable[[Array, QTensor], Array],
+    product: Callable[[Tokens, QTensor], Array],
     activations: Format,
     outliers: int,
 ) -> Float[Array, "B M N"]:
-    """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums.
+    """Activations in codes, and beside them those that stay in float.
 
     Args:
       x: the activations.
       q: the weight.
-      product: `(codes, q) -> sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32.
+      product: `(tokens, q) -> out`.
       activations, outliers: as in `choose`.
     """
     rest, largest = split_outliers(x, outliers)
-    tokens = quantize_tokens(rest, activations, bound=q.input_bound)
-    if tokens.zero is None:
-        out = tokens.scale * product(*_split_long(tokens.codes, q))
-    else:
-        rows = jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1)
-        sums = product(*_split_long(rows, q))
-        out = tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
+    out = product(quantize_tokens(rest, activations, bound=q.input_bound), q)
     return functools.reduce(operator.add, [value * _weight_rows(q, index) for index, value in largest], out)
+
+
+def of_tokens(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
+    """Codes times codes, scales after; activations with a zero point bring a row of ones, for the column sums.
+
+    Args:
+      tokens: the activations.
+      q: the weight.
+      product: `(codes, q) -> sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32.
+    """
+    if tokens.zero is None:
+        return tokens.scale * product(*_split_long(tokens.codes, q))
+    rows = jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1)
+    sums = product(*_split_long(rows, q))
+    return tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
 
 
 def folded(x: Float[Array, "B M K"], q: QTensor, run: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
@@ -77,14 +95,6 @@ def floats(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     return batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
 
 
-class Tokens(NamedTuple):
-    """Activations in codes: `x = (codes - zero) * scale`, a scale and a zero point for each token."""
-
-    codes: Int8[Array, "*rows K"]
-    scale: Float[Array, "*ones"]
-    zero: Float[Array, "*ones"] | None
-
-
 def quantize_tokens(
     x: Float[Array, "..."], activations: Format, axis: Axes = -1, bound: Float[Array, "..."] | None = None
 ) -> Tokens:
@@ -92,8 +102,7 @@ def quantize_tokens(
 
     A `bound` found beforehand, which broadcasts against `x`, makes them saturate there, and needs no zero point.
     """
-    # An explicit test, because a maximum may swallow a NaN on CPU.
-    finite = jnp.all(jnp.isfinite(x), axis=axis, keepdims=True)
+    finite = are_finite(x, axis)
     if bound is not None:
         scale = jnp.where(bound > 0, bound, 1) / activations.qmax
         codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -activations.qmax, activations.qmax)

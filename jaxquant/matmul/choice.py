@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import digits, floats, folded, grouped_dot, integer, say
+from jaxquant.matmul.arithmetic import digits, floats, folded, grouped_dot, integer, of_tokens, say
 from jaxquant.matmul.blocks import by_inputs, by_outputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
-from jaxquant.matmul.lines import by_lines, by_row
+from jaxquant.matmul.lines import by_lines
+from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
 
@@ -28,10 +29,10 @@ FLOAT = "float"
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
 # Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, with
-# them, and where its inputs lie last.
-_FEW_DIGITS, _FEW_GROUPED, _FEW_LYING = 8, 2, 4
-# Up to this many rows of codes sums in pieces are faster than XLA's library.
-_FEW_PIECES = 2
+# them.
+_FEW_DIGITS, _FEW_GROUPED = 8, 2
+# Up to this many rows of codes, and of floats, sums in pieces are faster than XLA's library.
+_FEW_CODES, _FEW_FLOATS = 2, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Formulation:
     cpu: Run | None = None
 
 
-def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int) -> Formulation:
+def choose(
+    rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int, exact: bool
+) -> Formulation:
     """The formulation for `rows` tokens and a weight `[B, K, N]`, from shapes alone.
 
     Args:
@@ -63,6 +66,7 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
       inputs_last: whether a weight's inputs are what lies together in memory.
       activations: the format of the activations, or None to keep them in floating point.
       outliers: how many of each token's largest activations stay in floating point.
+      exact: whether activations in floating point keep all their bits.
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
     in_double = jnp.dtype(q.dtype).itemsize > 4
@@ -74,19 +78,19 @@ def choose(rows: int, q: QTensor, inputs_last: bool, activations: Format | None,
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
-        return _of_floats(rows, q, inputs_last, gpu, cpu)
+        return _of_floats(rows, q, inputs_last, exact, gpu, cpu)
     return _of_codes(rows, q, inputs_last, cpu, activations, outliers)
 
 
-def _of_floats(rows: int, q: QTensor, inputs_last: bool, gpu: Run | None, cpu: Run | None) -> Formulation:
+def _of_floats(rows: int, q: QTensor, inputs_last: bool, exact: bool, gpu: Run | None, cpu: Run | None) -> Formulation:
     """Activations stay in floating point; what a GPU and a CPU do with decoded weights is known."""
     product, one_group = functools.partial(grouped_dot, inputs_last=inputs_last), q.scale.shape[1] == 1
-    unpacked = None if inputs_last else by_inputs(rows, q)
-    if inputs_last:
-        few = _FEW_LYING if one_group and places_of(q.codes.dtype) == 1 else 0
-    else:
-        few = _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
     run = floats if one_group and rows <= _FEW_DIGITS else None
+    if inputs_last:
+        cpu = floats_in_pieces if rows <= _FEW_FLOATS and not exact and in_pieces(q) else cpu
+        return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
+    unpacked = by_inputs(rows, q)
+    few = _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
     cpu = functools.partial(digits, product=unpacked(product) if unpacked else product) if rows <= few else cpu
     return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
 
@@ -99,18 +103,17 @@ def _of_codes(
     exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
     product = functools.partial(grouped_dot, inputs_last=inputs_last)
     unpacked = None if inputs_last else by_inputs(rows, q)
-    run = functools.partial(exact, product=product)
-    cpu_run = unpacked and functools.partial(exact, product=unpacked(product))
-    gpu = None if inputs_last else functools.partial(exact, product=gpu_dot)
+    products = [product, unpacked and unpacked(product), None if inputs_last else gpu_dot]
+    run, cpu_run, gpu = (
+        form and functools.partial(exact, product=functools.partial(of_tokens, product=form)) for form in products
+    )
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
     heard = functools.partial(say, activations=activations, outliers=outliers)
-    # Tokens with zero points bring a row of ones.
-    by_pieces = by_row(q) if inputs_last and rows + (not activations.symmetric) <= _FEW_PIECES else None
-    if by_pieces is not None:
-        of_row = functools.partial(exact, product=by_pieces)
-        return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=of_row)
+    if inputs_last and rows <= _FEW_CODES and in_pieces(q):
+        in_row = functools.partial(exact, product=codes_in_pieces)
+        return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
     if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
         # The same sums, of the same codes, without an array of bytes in between.

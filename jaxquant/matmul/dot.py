@@ -102,7 +102,9 @@ class Dot:
     def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
         rows = _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
         inputs_last = bool(self.memory) and self.memory[-1] in self.contracted[1]
-        return choose(rows, weight, inputs_last, self.activations, self.outliers)
+        precisions = self.precision if isinstance(self.precision, tuple) else (self.precision,)
+        exact = jax.lax.Precision.HIGHEST in precisions
+        return choose(rows, weight, inputs_last, self.activations, self.outliers, exact)
 
     def tokens(self, x: Array) -> Float[Array, "B M K"]:
         """The activations as rows of a batch of matrices."""

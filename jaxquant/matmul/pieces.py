@@ -1,0 +1,155 @@
+"""A few rows by a weight in integer codes whose inputs lie last, on a CPU: a line holds the weights of one output.
+
+    out[n] = sum_p scale[n, p] s[p] ( sum_k codes[n, p, k] X[p, k]  -  zero[n, p] sum_k X[p, k] )     pieces p of inputs
+
+Both kinds of activations are integers `X` here. Those in codes have 9 bits once their zero point is taken off. Those in
+floats are written in integers too, with a scale for each piece and as wide as 32 bits hold the sum of a piece: 18 bits
+against codes of 8, 23 against codes of 4, 25, which is a float32, against codes of 2. They come in two digits, so that
+every product fits 16 bits. Of just these sums LLVM makes vector instructions, and XLA shares them out among the cores.
+
+Two things keep XLA from undoing that: the digits leave a branch, or they would be computed anew for each output; and
+lines begin where only the run shows, or a loop over tokens would widen all codes before it starts, and keep them wide.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int8, Int16, Int32, Shaped
+
+from jaxquant.finite import are_finite
+from jaxquant.matmul.arithmetic import Tokens
+from jaxquant.matmul.blocks import is_alone
+from jaxquant.packed import bytes_of, places_of, unpacked
+from jaxquant.qtensor import QTensor, centre
+from jaxquant.trace.views import expand
+
+# The inputs of a piece.
+_PIECES = (64, 32)
+
+
+class Lines(NamedTuple):
+    """Some outputs of a weight as they lie: their codes in bytes, their scales, and their zero points or None."""
+
+    held: Int8[Array, "N bytes"]
+    scale: Float[Array, "N groups"]
+    zero: Shaped[Array, "N groups"] | None
+
+
+def in_pieces(q: QTensor) -> bool:
+    """Whether a weight `[B, K, N]`, whose inputs lie last, can be taken in pieces of inputs."""
+    return q.is_integer and is_alone(q) and q.scale.shape[1] > 0 and _piece(q) > 0
+
+
+def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
+    """The product of activations in codes, each group's sum in int32.
+
+    Args:
+      tokens: the activations, `[1, M, K]`.
+      q: the weight, of which `in_pieces` holds.
+    """
+    codes, groups = tokens.codes[0].astype(jnp.int16), q.scale.shape[1]
+    codes = codes if tokens.zero is None else codes - tokens.zero[0].astype(jnp.int16)
+    inputs = jnp.sum(codes.reshape(len(codes), groups, -1), axis=-1, dtype=jnp.int32)
+    known = jnp.sum(tokens.scale) < jnp.inf
+    digits = _written([codes], known)
+
+    def one(lines: Lines, row: Sequence[Array], inputs: Int32[Array, " groups"]) -> Float[Array, " N"]:
+        total = _products(lines, row[0], q)
+        sums = jnp.sum(jnp.sum(total, axis=-1).reshape(len(total), groups, -1), axis=-1)
+        if lines.zero is not None:
+            sums = sums.astype(lines.zero.dtype) - lines.zero * inputs[None].astype(lines.zero.dtype)
+        return jnp.sum(sums.astype(jnp.float32) * lines.scale, axis=-1)
+
+    zero = None if q.zero is None else centre(q)
+    return tokens.scale * _by_rows(one, q, zero, known, digits, inputs)
+
+
+def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M N"]:
+    """The product of activations in floats, which are rounded at the bits above.
+
+    Args:
+      x: the activations.
+      q: the weight, of which `in_pieces` holds.
+    """
+    rows, (bits, low) = x.shape[1], _widths(q)
+    pieces = x[0].astype(jnp.float32).reshape(rows, -1, _piece(q))
+    finite = are_finite(pieces, -1)
+    top = jnp.max(jnp.abs(pieces), axis=-1, keepdims=True)
+    largest = min(2**bits, (2 ** (low - 1)) << low) - 2**low
+    scale = jnp.where(top == 0, 1.0, jnp.maximum(top / largest, jnp.finfo(jnp.float32).tiny))
+    whole = jnp.clip(jnp.round(pieces / scale), -largest, largest).astype(jnp.int32)
+    # With a lower digit of up to +2^(low - 1), not -2^(low - 1), which times the lowest code would be +2^15.
+    higher = (whole + (2 ** (low - 1) - 1)) >> low
+    known = jnp.all(finite)
+    digits = _written([digit.astype(jnp.int16).reshape(rows, -1) for digit in (higher, whole - (higher << low))], known)
+
+    def one(lines: Lines, row: Sequence[Array], inputs: Array, scale: Float[Array, " pieces"]) -> Float[Array, " N"]:
+        total = (_products(lines, row[0], q) << low) + _products(lines, row[1], q)
+        sums = jnp.sum(total, axis=-1).astype(jnp.float32)
+        of_pieces = jax.tree.map(lambda part: expand(part, sums.shape), lines._replace(held=None))
+        if of_pieces.zero is not None:
+            sums = sums - of_pieces.zero * inputs[None].astype(jnp.float32)
+        return jnp.sum(sums * (of_pieces.scale * scale[None]), axis=-1)
+
+    zero = None if q.zero is None else q.zero.astype(jnp.float32)
+    return _by_rows(one, q, zero, known, digits, jnp.sum(whole, axis=-1), jnp.where(finite, scale, jnp.nan)[..., 0])
+
+
+def _written(digits: list[Int16[Array, "M K"]], known: Bool[Array, ""]) -> list[Int16[Array, "M K"]]:
+    """The digits, written down."""
+    return jax.lax.cond(known, lambda same: same, lambda some: [0 * digit for digit in some], digits)
+
+
+def _by_rows(
+    one: Callable[..., Float[Array, " N"]], q: QTensor, zero: Array | None, known: Bool[Array, ""], *of_rows: Any
+) -> Float[Array, "1 M N"]:
+    """`one(lines, ...)` of each row of `of_rows`, some lines of the weight after the other."""
+    n, groups = q.shape[2], q.scale.shape[1]
+    scale, zero = (None if part is None else jnp.broadcast_to(part, (1, groups, n)) for part in (q.scale, zero))
+    codes, scale, zero = jax.tree.map(lambda part: jnp.swapaxes(part[0], 0, 1), (q.codes, scale, zero))
+    whole, count = Lines(bytes_of(codes), scale, zero), 2 if n % 2 == 0 else 1
+    nought = jnp.where(known, 0, 1)
+
+    def some(block: int) -> Lines:
+        start = nought + block * (n // count)
+        return jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, n // count), whole)
+
+    leaves, treedef = jax.tree.flatten(of_rows)
+    rows = [treedef.unflatten(row) for row in zip(*leaves, strict=True)]
+    blocks = [jnp.stack([one(some(block), *row) for row in rows]) for block in range(count)]
+    return jnp.concatenate(blocks, axis=-1)[None]
+
+
+def _products(lines: Lines, row: Int16[Array, " K"], q: QTensor) -> Int32[Array, "N pieces side"]:
+    """The products of a digit with the codes of every piece, several of them added up."""
+    places = places_of(q.codes.dtype)
+    halves = 2 if places == 1 else 1
+    side = _piece(q) // (halves * places)
+    held = lines.held.reshape(len(lines.held), -1, halves, side).astype(jnp.int16)
+    lying = row.reshape(1, -1, halves, side, places)
+    products = (
+        (unpacked(held[:, :, half], place, places) * lying[:, :, half, :, place]).astype(jnp.int32)
+        for half in range(halves)
+        for place in range(places)
+    )
+    return functools.reduce(operator.add, products)
+
+
+def _piece(q: QTensor) -> int:
+    """The inputs of a piece, which no group is cut by; 0 where there are none."""
+    member = q.shape[1] // q.scale.shape[1]
+    return next((size for size in _PIECES if member and member % size == 0), 0)
+
+
+def _widths(q: QTensor) -> tuple[int, int]:
+    """For activations in floats, the bits of their size beside the sign and those of the lower digit.
+
+    A sum of 64 products with codes of `b` bits, each at most `2^(b - 1)`, stays below `2^31`, and one product with a
+    digit of `17 - b` bits within 16.
+    """
+    container = 8 // places_of(q.codes.dtype)
+    return 26 - container, 17 - container
