@@ -24,9 +24,9 @@ from jaxquant.qtensor import QTensor
 
 Product = Callable[[Array, QTensor], Array]
 
-# Bytes of each row of codes that make a block, a multiple of what a core adds at once: as many as its cache holds, and
-# so few that there are some blocks.
-_COLUMNS, _CACHE, _BLOCKS = range(512, 0, -16), 2**22, 4
+# Bytes of each row of codes that make a block, a multiple of what a core adds at once: as many as its cache holds, but
+# not all. A loop of one turn is none to XLA, which decodes all weights of a program before it multiplies by the first.
+_COLUMNS, _CACHE, _BLOCKS = range(512, 0, -16), 2**22, 2
 # From this many bytes on a decoded weight does not stay in the caches of all cores together.
 _LARGE = 2**24
 # Up to this many packed codes without groups are one product as a whole, which no scale comes between.
@@ -47,7 +47,9 @@ def by_inputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
     (_, inputs, outputs), groups = q.shape, q.scale.shape[1]
     member = inputs // max(groups, 1)
     block = max((size for size in range(1, min(member, _LONGEST) + 1) if member % size == 0), default=0)
-    pays = _pays(rows, q) and rows <= _MANY_ROWS and (groups > 1 or inputs * outputs >= _WHOLE)
+    few = rows <= _FEW_ROWS and inputs * outputs >= _SMALL
+    large = rows <= _MANY_ROWS and 4 * inputs * outputs >= _LARGE
+    pays = (few or large) and (groups > 1 or inputs * outputs >= _WHOLE)
     if not is_alone(q) or places_of(q.codes.dtype) == 1 or block < _SHORTEST or not pays:
         return None
     return lambda product: functools.partial(_by_inputs, product=product, block=block)
@@ -64,14 +66,9 @@ def by_outputs(rows: int, q: QTensor) -> Product | None:
     places = places_of(q.codes.dtype)
     fit = [size for size in _COLUMNS if outputs % (size * places) == 0 and size * places * _BLOCKS <= outputs]
     columns = next((columns for columns in fit if 4 * inputs * columns <= _CACHE), min(fit, default=None))
-    if not is_alone(q) or columns is None or not _pays(rows, q):
+    if not is_alone(q) or columns is None or rows == 0:
         return None
     return functools.partial(_by_columns, columns=columns)
-
-
-def _pays(rows: int, q: QTensor) -> bool:
-    packed = places_of(q.codes.dtype) > 1
-    return is_large(q) or (packed and rows <= _FEW_ROWS and q.shape[1] * q.shape[2] >= _SMALL)
 
 
 def is_alone(q: QTensor) -> bool:
@@ -80,11 +77,6 @@ def is_alone(q: QTensor) -> bool:
     Among several devices it may be cut, and a loop over blocks would make each gather the whole.
     """
     return q.shape[0] == 1 and jax.device_count() == 1
-
-
-def is_large(q: QTensor) -> bool:
-    """Whether a weight `[B, K, N]`, decoded, is more than the caches hold."""
-    return 4 * q.shape[1] * q.shape[2] >= _LARGE
 
 
 def _by_inputs(x: Shaped[Array, "1 M K"], q: QTensor, product: Product, block: int) -> Float[Array, "1 M N"]:

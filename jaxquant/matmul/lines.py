@@ -20,8 +20,7 @@ from jaxquant.matmul.blocks import is_alone
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, decode
 
-# A block is as large as the caches hold, decoded, a multiple of what a core adds at once, and not the whole: a loop of
-# one turn is none to XLA, which then decodes all weights of a program before it multiplies by the first.
+# A block is as large as the caches hold, decoded, a multiple of what a core adds at once, and not the whole.
 _CACHE, _MULTIPLE = 2**23, 8
 
 
