@@ -160,3 +160,12 @@ def test_highest_precision_keeps_every_bit_of_the_activations():
         return np.abs(found - exact).max() / np.abs(exact).max()
 
     assert off("highest") < 2.0**-20 < off(None) < 2.0**-14
+
+
+@pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
+def test_sums_too_long_for_32_bits_and_no_rows_at_all(activations):
+    """Law: the longest sums are those of the decoded numbers, and no rows give no rows."""
+    q = jq.turned(jq.quantize(jnp.ones((2**18, 32)), jq.int8))
+    run = jax.jit(jq.quantized(lambda w, x: x @ w, activations=activations))
+    np.testing.assert_allclose(run(q, jnp.ones((1, 2**18))), 2.0**18, rtol=1e-5)
+    assert run(q, jnp.ones((0, 2**18))).shape == (0, 32)

@@ -185,4 +185,5 @@ def _split_long(codes: Int8[Array, "B M K"], q: QTensor) -> tuple[Array, QTensor
     weights = q.codes.reshape(b, groups, member, q.shape[2])
     weights = jnp.pad(weights, ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(b, -1, q.shape[2])
     scale, zero = jax.tree.map(lambda part: jnp.repeat(part, pieces, axis=1), (q.scale, q.zero))
-    return grouped.reshape(b, m, -1), dataclasses.replace(q, codes=weights, scale=scale, zero=zero)
+    longer = grouped.reshape(b, m, groups * (member + padding))
+    return longer, dataclasses.replace(q, codes=weights, scale=scale, zero=zero)

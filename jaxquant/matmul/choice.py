@@ -87,7 +87,7 @@ def _of_floats(rows: int, q: QTensor, inputs_last: bool, exact: bool, gpu: Run |
     product, one_group = functools.partial(grouped_dot, inputs_last=inputs_last), q.scale.shape[1] == 1
     run = floats if one_group and rows <= _FEW_DIGITS else None
     if inputs_last:
-        cpu = floats_in_pieces if rows <= _FEW_FLOATS and not exact and in_pieces(q) else cpu
+        cpu = floats_in_pieces if 0 < rows <= _FEW_FLOATS and not exact and in_pieces(q) else cpu
         return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
     unpacked = by_inputs(rows, q)
     few = _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
@@ -111,7 +111,7 @@ def _of_codes(
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
     heard = functools.partial(say, activations=activations, outliers=outliers)
-    if inputs_last and rows <= _FEW_CODES and in_pieces(q):
+    if inputs_last and 0 < rows <= _FEW_CODES and in_pieces(q):
         in_row = functools.partial(exact, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)

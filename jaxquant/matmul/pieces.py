@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int8, Int16, Int32, Shaped
 from jaxquant.finite import are_finite
 from jaxquant.matmul.arithmetic import Tokens
 from jaxquant.matmul.blocks import is_alone
+from jaxquant.matmul.integers import LONGEST
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, centre
 from jaxquant.trace.views import expand
@@ -40,8 +41,9 @@ class Lines(NamedTuple):
 
 
 def in_pieces(q: QTensor) -> bool:
-    """Whether a weight `[B, K, N]`, whose inputs lie last, can be taken in pieces of inputs."""
-    return q.is_integer and is_alone(q) and q.scale.shape[1] > 0 and _piece(q) > 0
+    """Whether a weight `[B, K, N]`, whose inputs lie last, can be taken in pieces, and 32 bits hold sums of a group."""
+    inputs, groups = q.shape[1], q.scale.shape[1]
+    return q.is_integer and is_alone(q) and groups > 0 and inputs <= groups * LONGEST and _piece(q) > 0
 
 
 def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
