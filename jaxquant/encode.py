@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -132,16 +132,15 @@ def fit(
     """The scale and zero point of each group's range, in float32; zero is 0 for a symmetric format."""
     # Extremes are exact in any dtype, and a float32 copy of the whole array here would be kept for the quotient too.
     members, over = _grouped(w, format, axes if format.per_channel else tuple(range(w.ndim)))
+    low, high = (
+        jnp.min(members, over, initial=0.0, keepdims=True),
+        jnp.max(members, over, initial=0.0, keepdims=True),
+    )
     last = (axes[-1] + 1,) if format.group and axes else ()
-
-    def bound(reduce: Callable[..., Array], values: Array) -> Array:
-        extreme = reduce(values, over, initial=0.0, keepdims=True)
-        return jnp.asarray(clip) * jnp.squeeze(extreme, last).astype(jnp.float32)
-
+    low, high = (jnp.asarray(clip) * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
     if format.symmetric:
-        high = bound(jnp.max, jnp.abs(members))
-        return _positive(high / format.qmax, high), jnp.zeros_like(high)
-    low, high = bound(jnp.min, members), bound(jnp.max, members)
+        scale = jnp.maximum(-low, high) / format.qmax
+        return _positive(scale, high - low), jnp.zeros_like(scale)
     # Halves, because max - min of +-3e38 is beyond float32.
     scale = _positive((high / 2 - low / 2) / ((format.qmax - format.qmin) / 2), high - low)
     return scale, jnp.clip(jnp.round(format.qmin - low / scale), format.qmin, format.qmax)

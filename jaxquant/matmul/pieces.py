@@ -62,8 +62,8 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
     def one(lines: Lines, row: Sequence[Array], inputs: Int32[Array, " groups"]) -> Float[Array, " N"]:
         total = _products(lines, row[0], q)
         of_pieces = jnp.sum(total, axis=-1).reshape(len(total), groups, -1)
-        # From one instead of nought, or XLA would make one sum of the two, too long for vector instructions.
-        sums = jax.lax.reduce(of_pieces, jnp.int32(1), jax.lax.add, (2,)) - 1
+        # A product, because XLA would make one sum of two, too long for vector instructions.
+        sums = of_pieces @ jnp.ones(of_pieces.shape[-1], jnp.int32)
         if lines.zero is not None:
             sums = sums.astype(lines.zero.dtype) - lines.zero * inputs[None].astype(lines.zero.dtype)
         return jnp.sum(sums.astype(jnp.float32) * lines.scale, axis=-1)
