@@ -56,8 +56,8 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
     codes, groups = tokens.codes[0].astype(jnp.int16), q.scale.shape[1]
     codes = codes if tokens.zero is None else codes - tokens.zero[0].astype(jnp.int16)
     inputs = jnp.sum(codes.reshape(len(codes), groups, -1), axis=-1, dtype=jnp.int32)
-    known = jnp.sum(tokens.scale) < jnp.inf
-    digits = _written([codes], known)
+    never = _never(tokens.scale)
+    digits = _written([codes], never)
 
     def one(lines: Lines, row: Sequence[Array], inputs: Int32[Array, " groups"]) -> Float[Array, " N"]:
         total = _products(lines, row[0], q)
@@ -69,7 +69,7 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
         return jnp.sum(sums.astype(jnp.float32) * lines.scale, axis=-1)
 
     zero = None if q.zero is None else centre(q)
-    return tokens.scale * _by_rows(one, q, zero, known, digits, inputs)
+    return tokens.scale * _by_rows(one, q, zero, never, digits, inputs)
 
 
 def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M N"]:
@@ -88,8 +88,8 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M 
     whole = jnp.clip(jnp.round(pieces / scale), -largest, largest).astype(jnp.int32)
     # With a lower digit of up to +2^(low - 1), not -2^(low - 1), which times the lowest code would be +2^15.
     higher = (whole + (2 ** (low - 1) - 1)) >> low
-    known = jnp.all(finite)
-    digits = _written([digit.astype(jnp.int16).reshape(rows, -1) for digit in (higher, whole - (higher << low))], known)
+    never = _never(scale)
+    digits = _written([digit.astype(jnp.int16).reshape(rows, -1) for digit in (higher, whole - (higher << low))], never)
 
     def one(lines: Lines, row: Sequence[Array], inputs: Array, scale: Float[Array, " pieces"]) -> Float[Array, " N"]:
         total = (_products(lines, row[0], q) << low) + _products(lines, row[1], q)
@@ -100,23 +100,28 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M 
         return jnp.sum(sums * (of_pieces.scale * scale[None]), axis=-1)
 
     zero = None if q.zero is None else q.zero.astype(jnp.float32)
-    return _by_rows(one, q, zero, known, digits, jnp.sum(whole, axis=-1), jnp.where(finite, scale, jnp.nan)[..., 0])
+    return _by_rows(one, q, zero, never, digits, jnp.sum(whole, axis=-1), jnp.where(finite, scale, jnp.nan)[..., 0])
 
 
-def _written(digits: list[Int16[Array, "M K"]], known: Bool[Array, ""]) -> list[Int16[Array, "M K"]]:
+def _never(scale: Float[Array, "..."]) -> Bool[Array, ""]:
+    """False, which XLA does not know before the run: no step is negative, nor is one that is NaN."""
+    return scale.reshape(-1)[0] < 0
+
+
+def _written(digits: list[Int16[Array, "M K"]], never: Bool[Array, ""]) -> list[Int16[Array, "M K"]]:
     """The digits, written down."""
-    return jax.lax.cond(known, lambda same: same, lambda some: [0 * digit for digit in some], digits)
+    return jax.lax.cond(never, lambda some: [0 * digit for digit in some], lambda same: same, digits)
 
 
 def _by_rows(
-    one: Callable[..., Float[Array, " N"]], q: QTensor, zero: Array | None, known: Bool[Array, ""], *of_rows: Any
+    one: Callable[..., Float[Array, " N"]], q: QTensor, zero: Array | None, never: Bool[Array, ""], *of_rows: Any
 ) -> Float[Array, "1 M N"]:
     """`one(lines, ...)` of each row of `of_rows`, some lines of the weight after the other."""
     n, groups = q.shape[2], q.scale.shape[1]
     scale, zero = (None if part is None else jnp.broadcast_to(part, (1, groups, n)) for part in (q.scale, zero))
     codes, scale, zero = jax.tree.map(lambda part: jnp.swapaxes(part[0], 0, 1), (q.codes, scale, zero))
     whole, count = Lines(bytes_of(codes), scale, zero), 2 if n % 2 == 0 else 1
-    nought = jnp.where(known, 0, 1)
+    nought = never.astype(jnp.int32)
 
     def some(block: int) -> Lines:
         start = nought + block * (n // count)
