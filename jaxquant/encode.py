@@ -140,13 +140,13 @@ def fit(
     low, high = (jnp.asarray(clip) * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
     if format.symmetric:
         scale = jnp.maximum(-low, high) / format.qmax
-        return _positive(scale, high - low), jnp.zeros_like(scale)
+        return positive(scale, high - low), jnp.zeros_like(scale)
     # Halves, because max - min of +-3e38 is beyond float32.
-    scale = _positive((high / 2 - low / 2) / ((format.qmax - format.qmin) / 2), high - low)
+    scale = positive((high / 2 - low / 2) / ((format.qmax - format.qmin) / 2), high - low)
     return scale, jnp.clip(jnp.round(format.qmin - low / scale), format.qmin, format.qmax)
 
 
-def _positive(scale: Array, spread: Array) -> Array:
+def positive(scale: Float[Array, "..."], spread: Float[Array, "..."]) -> Float[Array, "..."]:
     """1 where there is nothing but zeros, never a denormal, which XLA would flush to zero, and NaN where a NaN is."""
     return jnp.where(spread == 0, 1.0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
 

@@ -661,7 +661,7 @@ def test_in_lines_it_is_the_same_product(format):
     """Law: every input meets the code at its place of a byte; whole numbers round nothing, zero points beside them."""
     x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
     q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
-    lines = by_lines(3, q)
+    lines = by_lines(q)
     assert lines is not None
     expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
     found = jax.jit(lines)(jnp.asarray(x), q)

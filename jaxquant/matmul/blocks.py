@@ -55,18 +55,17 @@ def by_inputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
     return lambda product: functools.partial(_by_inputs, product=product, block=block)
 
 
-def by_outputs(rows: int, q: QTensor) -> Product | None:
-    """The product `(x, q) -> out` of floats and decoded blocks; None where that does not pay.
+def by_outputs(q: QTensor) -> Product | None:
+    """The product `(x, q) -> out` of floats and decoded blocks; None where outputs cannot be taken in blocks.
 
     Args:
-      rows: the tokens.
       q: the weight, `[B, K, N]`.
     """
     _, inputs, outputs = q.shape
     places = places_of(q.codes.dtype)
     fit = [size for size in _COLUMNS if outputs % (size * places) == 0 and size * places * _BLOCKS <= outputs]
     columns = next((columns for columns in fit if 4 * inputs * columns <= _CACHE), min(fit, default=None))
-    if not is_alone(q) or columns is None or rows == 0:
+    if not is_alone(q) or columns is None:
         return None
     return functools.partial(_by_columns, columns=columns)
 
@@ -114,7 +113,7 @@ def _by_columns(x: Shaped[Array, "1 M K"], q: QTensor, columns: int) -> Float[Ar
         return jnp.stack([floats(x, _block(q, codes, index, place)) for place in range(places)], axis=-1)
 
     out = jax.lax.map(one, jnp.arange(n // (columns * places)))
-    return jnp.moveaxis(out, 0, 2).reshape(1, -1, n)
+    return jnp.moveaxis(out, 0, 2).reshape(1, x.shape[1], n)
 
 
 def _block(q: QTensor, held: Array, index: Array, place: int) -> QTensor:

@@ -1,7 +1,7 @@
 """The choice among the ways to multiply by a weight in codes, for a shape and a platform.
 
 Which one is fastest is known here and nowhere else; the ways themselves are `matmul.arithmetic`, those of a GPU
-`matmul.gpu`, and a part of the weight at a time `matmul.blocks` and `matmul.lines`.
+`matmul.gpu`, and a part of the weight at a time `matmul.blocks`, `matmul.lines` and `matmul.pieces`.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ FLOAT = "float"
 
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
-# Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, with
-# them.
+# Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, and
+# with them.
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, and of floats, sums in pieces are faster than XLA's library.
 _FEW_CODES, _FEW_FLOATS = 2, 1
@@ -72,7 +72,7 @@ def choose(
     in_double = jnp.dtype(q.dtype).itemsize > 4
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
     gpu = None if inputs_last or in_double else gpu_dot_floats
-    cpu = None if in_double else (by_lines if inputs_last else by_outputs)(rows, q)
+    cpu = None if in_double else (by_lines if inputs_last else by_outputs)(q)
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
@@ -100,19 +100,19 @@ def _of_codes(
 ) -> Formulation:
     """Activations in codes; what a CPU does with decoded weights is known."""
     groups, inputs = q.scale.shape[1], q.shape[1]
-    exact = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
+    in_codes = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
     product = functools.partial(grouped_dot, inputs_last=inputs_last)
     unpacked = None if inputs_last else by_inputs(rows, q)
     products = [product, unpacked and unpacked(product), None if inputs_last else gpu_dot]
     run, cpu_run, gpu = (
-        form and functools.partial(exact, product=functools.partial(of_tokens, product=form)) for form in products
+        form and functools.partial(in_codes, product=functools.partial(of_tokens, product=form)) for form in products
     )
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
     heard = functools.partial(say, activations=activations, outliers=outliers)
     if inputs_last and 0 < rows <= _FEW_CODES and in_pieces(q):
-        in_row = functools.partial(exact, product=codes_in_pieces)
+        in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
     if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:

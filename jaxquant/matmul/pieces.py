@@ -11,33 +11,28 @@ Two things keep XLA from undoing that: the digits leave a branch, or they would 
 lines begin where only the run shows, or a loop over tokens would widen all codes before it starts, and keep them wide.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int8, Int16, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int16, Int32
 
+from jaxquant.encode import positive
 from jaxquant.finite import are_finite
 from jaxquant.matmul.arithmetic import Tokens
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.matmul.integers import LONGEST
-from jaxquant.packed import bytes_of, places_of, unpacked
+from jaxquant.matmul.lines import Lines, lines_of
+from jaxquant.packed import places_of, unpacked
 from jaxquant.qtensor import QTensor, centre
 from jaxquant.trace.views import expand
 
 # The inputs of a piece.
 _PIECES = (64, 32)
-
-
-class Lines(NamedTuple):
-    """Some outputs of a weight as they lie: their codes in bytes, their scales, and their zero points or None."""
-
-    held: Int8[Array, "N bytes"]
-    scale: Float[Array, "N groups"]
-    zero: Shaped[Array, "N groups"] | None
 
 
 def in_pieces(q: QTensor) -> bool:
@@ -68,8 +63,8 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
             sums = sums.astype(lines.zero.dtype) - lines.zero * inputs[None].astype(lines.zero.dtype)
         return jnp.sum(sums.astype(jnp.float32) * lines.scale, axis=-1)
 
-    zero = None if q.zero is None else centre(q)
-    return tokens.scale * _by_rows(one, q, zero, never, digits, inputs)
+    wide = q if q.zero is None else dataclasses.replace(q, zero=centre(q))
+    return tokens.scale * _by_rows(one, lines_of(wide), never, digits, inputs)
 
 
 def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M N"]:
@@ -84,7 +79,7 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M 
     finite = are_finite(pieces, -1)
     top = jnp.max(jnp.abs(pieces), axis=-1, keepdims=True)
     largest = min(2**bits, (2 ** (low - 1)) << low) - 2**low
-    scale = jnp.where(top == 0, 1.0, jnp.maximum(top / largest, jnp.finfo(jnp.float32).tiny))
+    scale = positive(top / largest, top)
     whole = jnp.clip(jnp.round(pieces / scale), -largest, largest).astype(jnp.int32)
     # With a lower digit of up to +2^(low - 1), not -2^(low - 1), which times the lowest code would be +2^15.
     higher = (whole + (2 ** (low - 1) - 1)) >> low
@@ -94,13 +89,13 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M 
     def one(lines: Lines, row: Sequence[Array], inputs: Array, scale: Float[Array, " pieces"]) -> Float[Array, " N"]:
         total = (_products(lines, row[0], q) << low) + _products(lines, row[1], q)
         sums = jnp.sum(total, axis=-1).astype(jnp.float32)
-        of_pieces = jax.tree.map(lambda part: expand(part, sums.shape), lines._replace(held=None))
-        if of_pieces.zero is not None:
-            sums = sums - of_pieces.zero * inputs[None].astype(jnp.float32)
-        return jnp.sum(sums * (of_pieces.scale * scale[None]), axis=-1)
+        if lines.zero is not None:
+            zero = expand(lines.zero, sums.shape).astype(jnp.float32)
+            sums = sums - zero * inputs[None].astype(jnp.float32)
+        return jnp.sum(sums * (expand(lines.scale, sums.shape) * scale[None]), axis=-1)
 
-    zero = None if q.zero is None else q.zero.astype(jnp.float32)
-    return _by_rows(one, q, zero, never, digits, jnp.sum(whole, axis=-1), jnp.where(finite, scale, jnp.nan)[..., 0])
+    inputs, scale = jnp.sum(whole, axis=-1), jnp.where(finite, scale, jnp.nan)[..., 0]
+    return _by_rows(one, lines_of(q), never, digits, inputs, scale)
 
 
 def _never(scale: Float[Array, "..."]) -> Bool[Array, ""]:
@@ -114,18 +109,15 @@ def _written(digits: list[Int16[Array, "M K"]], never: Bool[Array, ""]) -> list[
 
 
 def _by_rows(
-    one: Callable[..., Float[Array, " N"]], q: QTensor, zero: Array | None, never: Bool[Array, ""], *of_rows: Any
+    one: Callable[..., Float[Array, " N"]], lines: Lines, never: Bool[Array, ""], *of_rows: Any
 ) -> Float[Array, "1 M N"]:
-    """`one(lines, ...)` of each row of `of_rows`, some lines of the weight after the other."""
-    n, groups = q.shape[2], q.scale.shape[1]
-    scale, zero = (None if part is None else jnp.broadcast_to(part, (1, groups, n)) for part in (q.scale, zero))
-    codes, scale, zero = jax.tree.map(lambda part: jnp.swapaxes(part[0], 0, 1), (q.codes, scale, zero))
-    whole, count = Lines(bytes_of(codes), scale, zero), 2 if n % 2 == 0 else 1
-    nought = never.astype(jnp.int32)
+    """`one(lines, ...)` of each row of `of_rows`, some lines after the other."""
+    count = 2 if len(lines.held) % 2 == 0 else 1
+    size, nought = len(lines.held) // count, never.astype(jnp.int32)
 
     def some(block: int) -> Lines:
-        start = nought + block * (n // count)
-        return jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, n // count), whole)
+        start = nought + block * size
+        return jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, size), lines)
 
     leaves, treedef = jax.tree.flatten(of_rows)
     rows = [treedef.unflatten(row) for row in zip(*leaves, strict=True)]
