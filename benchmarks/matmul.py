@@ -1,22 +1,23 @@
-"""One matmul in every format against float32 and against other libraries, in one run, as speed-ups over float32.
+"""Matmuls in every format against float32 and against other libraries, in one run, as speed-ups over float32.
 
 python benchmarks/matmul.py
 python benchmarks/matmul.py --shapes 1024x4096,576x1536 --rows 1,8 --runs 5
 
 W4A8 g64 is 4-bit weights in groups of 64 and int8 activations, W4 the same with float activations and a scale for each
-output. Weights and activations are drawn from N(0, 1). Other libraries take part where they are installed
-(`pip install -r benchmarks/requirements.txt`), on as many threads as JAX.
+output. A time is that of one of some matmuls in a program, by weights that no cache holds (`chains.py`). Other
+libraries take part where they are installed (`pip install -r benchmarks/requirements.txt`), on as many threads as JAX.
 """
 
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
+import chains
 import jax
 import jax.numpy as jnp
 import measure
 import peers
+from chains import Contender
 from rich.console import Console
 from rich.progress import track
 
@@ -39,35 +40,24 @@ TURNED = ("W8A8", "W8", "W4A8 g64", "W4 g64", "NF4 g64")
 RUNS, SECONDS = 15, 6.0
 
 
-def multiply(w: Any, x: jax.Array) -> jax.Array:
+def multiply(x: jax.Array, w: Any) -> jax.Array:
     """The matmul that is timed."""
     return x @ w
 
 
-def in_floats(dtype: Any) -> Callable[..., Any]:
+def in_floats(dtype: Any) -> Contender:
     """A contender with weights and activations of a float dtype."""
-    run = jax.jit(multiply)
-
-    def prepare(w: jax.Array) -> Callable[..., Any]:
-        w = w.astype(dtype)
-        return lambda x: functools.partial(run, w, x.astype(dtype))
-
-    return prepare
+    return Contender(lambda w: w.astype(dtype), multiply, take=lambda x: x.astype(dtype))
 
 
-def in_codes(format: jq.Format, activations: jq.Format | None, store: Callable[..., Any]) -> Callable[..., Any]:
-    """A contender of ours, and how it stores the weight."""
-    run = jax.jit(jq.quantized(multiply, activations=activations))
-
-    def prepare(w: jax.Array) -> Callable[..., Any]:
-        q = store(jq.quantize(w, format))
-        return lambda x: functools.partial(run, q, x)
-
-    return prepare
+def in_codes(format: jq.Format, activations: jq.Format | None, order: Callable[[Any], Any]) -> Contender:
+    """A contender of ours, and the order in memory that its weights are stored in."""
+    run = jq.quantized(lambda q, x: multiply(x, q), activations=activations)
+    return Contender(lambda w: order(jq.quantize(w, format)), lambda x, q: run(q, x))
 
 
-def contenders() -> dict[str, Callable[..., Any]]:
-    """Float32, bfloat16 and every case: each takes a weight, then activations, and gives what is to be timed."""
+def contenders() -> dict[str, Contender]:
+    """Float32, bfloat16 and every case."""
     floats = {"float32": in_floats(jnp.float32), "bf16": in_floats(jnp.bfloat16)}
     ours = {name: in_codes(*case, lambda q: q) for name, case in CASES.items()}
     turned = {f"{name} turned": in_codes(*CASES[name], jq.turned) for name in TURNED}
@@ -83,15 +73,17 @@ def fits(name: str, inputs: int) -> bool:
 def measured(shape: str, rows: list[int], others: dict[str, Any], runs: int, seconds: float) -> list[dict[str, Any]]:
     """Every contender at every number of rows, for one shape."""
     inputs, outputs = map(int, shape.split("x"))
-    key_w, key_x = jax.random.split(jax.random.key(0))
-    w = jax.random.normal(key_w, (inputs, outputs))
-    ready = {name: prepare(w) for name, prepare in (contenders() | others).items() if fits(name, inputs)}
+    drawn = chains.weights(inputs, outputs)
+    present = {name: one for name, one in (contenders() | others).items() if fits(name, inputs)}
+    ready = {name: chains.in_chains(one, drawn) for name, one in track(present.items(), shape, transient=True)}
     records = []
-    for count in track(rows, f"{inputs} x {outputs}", transient=True):
-        x = jax.random.normal(key_x, (count, inputs))
-        calls = {name: at(x) for name, at in ready.items()}
-        errors, times = measure.errors(calls), measure.medians(calls, runs, seconds)
-        records += measure.records(errors, times, shape=shape, rows=count)
+    for count in track(rows, shape, transient=True):
+        x = jax.random.normal(jax.random.key(1), (count, inputs))
+        pairs = {name: at(x) for name, at in ready.items()}
+        errors = measure.errors({name: lambda first=first: first()[-1] for name, (first, _) in pairs.items()})
+        times = measure.medians({name: call for name, (_, call) in pairs.items()}, runs, seconds)
+        each = {name: time / len(drawn[0]) for name, time in times.items()}
+        records += measure.records(errors, each, shape=shape, rows=count)
     return records
 
 

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
+from chains import Contender
 from rich.console import Console
 
 ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
+GROUP = 64
 
 
 def present(makers: Mapping[str, Callable[..., dict[str, Any]]], console: Console, *args: Any) -> dict[str, Any]:
@@ -32,31 +34,28 @@ def present(makers: Mapping[str, Callable[..., dict[str, Any]]], console: Consol
     return found
 
 
-def qwix_matmuls() -> dict[str, Callable[..., Any]]:
+def qwix_matmuls() -> dict[str, Contender]:
     """Qwix's `dot_general` on weights quantized beforehand."""
     import qwix
 
-    @functools.partial(jax.jit, static_argnums=2)
     def multiply(x: jax.Array, q: Any, in_codes: bool) -> jax.Array:
         x = qwix.quantize(x, jnp.int8, channelwise_axes=[0]) if in_codes else x
         return qwix.dot_general(x, q, ROWS_BY_COLUMNS)
 
-    def contender(dtype: Any, group: int | None, in_codes: bool) -> Callable[..., Any]:
-        def prepare(w: jax.Array) -> Callable[..., Any]:
-            q = qwix.quantize(w, dtype, channelwise_axes=[1], tiled_axes={0: group} if group else {})
-            return lambda x: functools.partial(multiply, x, q, in_codes)
-
-        return prepare
+    def contender(dtype: Any, group: int | None, in_codes: bool) -> Contender:
+        tiled = {0: group} if group else {}
+        store = functools.partial(qwix.quantize, qtype=dtype, channelwise_axes=[1], tiled_axes=tiled)
+        return Contender(store, functools.partial(multiply, in_codes=in_codes))
 
     return {
         "W8A8 (Qwix)": contender(jnp.int8, None, True),
         "W8 (Qwix)": contender(jnp.int8, None, False),
         "W4 (Qwix)": contender(jnp.int4, None, False),
-        "W4 g64 (Qwix)": contender(jnp.int4, 64, False),
+        "W4 g64 (Qwix)": contender(jnp.int4, GROUP, False),
     }
 
 
-def aqt_matmuls() -> dict[str, Callable[..., Any]]:
+def aqt_matmuls() -> dict[str, Contender]:
     """AQT's Flax layer with its weight frozen, as it serves."""
     from aqt.jax.v2 import config
     from aqt.jax.v2.flax.aqt_flax import AqtDotGeneral, FreezerMode
@@ -67,25 +66,23 @@ def aqt_matmuls() -> dict[str, Callable[..., Any]]:
         injected = functools.partial(AqtDotGeneral, config.dot_general_make(*bits), **frozen)
         return nn.Dense(outputs, use_bias=False, dot_general_cls=injected)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def multiply(variables: Any, x: jax.Array, bits: tuple[int | None, int]) -> jax.Array:
+    def multiply(x: jax.Array, variables: Any, bits: tuple[int | None, int]) -> jax.Array:
         # The float kernel only has to be there: jit drops what nothing reads.
         outputs = variables["params"]["kernel"].shape[1]
         return dense(outputs, bits, QuantMode.SERVE).apply(variables, x, rngs={"params": jax.random.key(0)})
 
-    def contender(*bits: int | None) -> Callable[..., Any]:
-        def prepare(w: jax.Array) -> Callable[..., Any]:
+    def contender(*bits: int | None) -> Contender:
+        def store(w: jax.Array) -> Any:
             variables, key = {"params": {"kernel": w}}, {"params": jax.random.key(0)}
             convert = dense(w.shape[1], bits, QuantMode.CONVERT)
-            _, variables = convert.apply(variables, jnp.ones((1, w.shape[0])), mutable=True, rngs=key)
-            return lambda x: functools.partial(multiply, variables, x, bits)
+            return convert.apply(variables, jnp.ones((1, w.shape[0])), mutable=True, rngs=key)[1]
 
-        return prepare
+        return Contender(store, functools.partial(multiply, bits=bits))
 
     return {"W8A8 (AQT)": contender(8, 8), "W8 (AQT)": contender(None, 8)}
 
 
-def torch_matmuls() -> dict[str, Callable[..., Any]]:
+def torch_matmuls() -> dict[str, Contender]:
     """The CPU kernels of PyTorch that torchao calls, without the time that its tensor classes take outside a compiler.
 
     They want bfloat16 activations: in float32 the weight-only ones are many times slower.
@@ -98,53 +95,48 @@ def torch_matmuls() -> dict[str, Callable[..., Any]]:
     def tensor(array: jax.Array) -> Any:
         return torch.from_numpy(np.array(array))
 
-    def linear(dtype: Any) -> Callable[..., Any]:
-        def prepare(w: jax.Array) -> Callable[..., Any]:
-            kernel = tensor(w.T).to(dtype)
-            return lambda x: functools.partial(torch.nn.functional.linear, tensor(x).to(dtype), kernel)
+    def contender(store: Callable[[Any], Any], multiply: Callable[[Any, Any], Any], dtype: Any) -> Contender:
+        return Contender(
+            lambda w: store(tensor(w.T).contiguous()), multiply, lambda x: tensor(x).to(dtype), lambda program: program
+        )
 
-        return prepare
+    def linear(dtype: Any) -> Contender:
+        return contender(lambda kernel: kernel.to(dtype), torch.nn.functional.linear, dtype)
 
     def codes_of(kernel: Any, limit: int) -> tuple[Any, Any]:
         scale = kernel.abs().amax(-1, keepdim=True) / limit
         return (kernel / scale).round().to(torch.int8), scale
 
-    def int8_int8(w: jax.Array) -> Callable[..., Any]:
-        kernel, scale = codes_of(tensor(w.T), 127)
+    def by_codes(x: Any, kept: tuple[Any, Any]) -> Any:
+        (kernel, scale), (codes, tokens) = kept, codes_of(x, 127)
+        return torch._int_mm(codes, kernel.T).float() * tokens * scale.T
 
-        def multiply(x: Any) -> Any:
-            codes, tokens = codes_of(x, 127)
-            return torch._int_mm(codes, kernel.T).float() * tokens * scale.T
-
-        return lambda x: functools.partial(multiply, tensor(x))
-
-    def dynamic(w: jax.Array) -> Callable[..., Any]:
-        module = torch.nn.Sequential(torch.nn.Linear(*w.shape, bias=False))
-        module[0].weight.copy_(tensor(w.T))
+    def dynamic(kernel: Any) -> Any:
+        module = torch.nn.Sequential(torch.nn.Linear(*kernel.T.shape, bias=False))
+        module[0].weight.copy_(kernel)
         config = torch.ao.quantization.per_channel_dynamic_qconfig
         with warnings.catch_warnings(action="ignore"):  # that its quantized dtypes will be gone in some later release
-            module = torch.ao.quantization.quantize_dynamic(module, {"0": config})
-        return lambda x: functools.partial(module, tensor(x))
+            return torch.ao.quantization.quantize_dynamic(module, {"0": config})
 
-    def int8_only(w: jax.Array) -> Callable[..., Any]:
-        kernel, scale = codes_of(tensor(w.T), 127)
-        scale = scale[:, 0].bfloat16()
-        return lambda x: functools.partial(torch._weight_int8pack_mm, tensor(x).bfloat16(), kernel, scale)
+    def int8_only(kernel: Any) -> tuple[Any, Any]:
+        codes, scale = codes_of(kernel, 127)
+        return codes, scale[:, 0].bfloat16()
 
-    def int4_only(w: jax.Array, group: int = 64) -> Callable[..., Any]:
-        kernel, scale = codes_of(tensor(w.T).reshape(w.shape[1], -1, group), 7)
-        packed = torch._convert_weight_to_int4pack_for_cpu(kernel.reshape(w.shape[1], -1).int() + 8, 1)
-        scale = torch.stack([scale[..., 0].T, torch.zeros_like(scale[..., 0].T)], -1).bfloat16().contiguous()
-        multiply = torch._weight_int4pack_mm_for_cpu
-        return lambda x: functools.partial(multiply, tensor(x).bfloat16(), packed, group, scale)
+    def int4_only(kernel: Any) -> tuple[Any, Any]:
+        codes, scale = codes_of(kernel.reshape(len(kernel), -1, GROUP), 7)
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes.reshape(kernel.shape).int() + 8, 1)
+        return packed, torch.stack([scale[..., 0].T, torch.zeros_like(scale[..., 0].T)], -1).bfloat16().contiguous()
+
+    def by_int4(x: Any, kept: tuple[Any, Any]) -> Any:
+        return torch._weight_int4pack_mm_for_cpu(x, kept[0], GROUP, kept[1])
 
     return {
         "float32 (torch)": linear(torch.float32),
         "bf16 (torch)": linear(torch.bfloat16),
-        "W8A8 (torch)": int8_int8,
-        "W8A8 (torch, dynamic)": dynamic,
-        "W8 (torch)": int8_only,
-        "W4 g64 (torch)": int4_only,
+        "W8A8 (torch)": contender(lambda kernel: codes_of(kernel, 127), by_codes, torch.float32),
+        "W8A8 (torch, dynamic)": contender(dynamic, lambda x, module: module(x), torch.float32),
+        "W8 (torch)": contender(int8_only, lambda x, kept: torch._weight_int8pack_mm(x, *kept), torch.bfloat16),
+        "W4 g64 (torch)": contender(int4_only, by_int4, torch.bfloat16),
     }
 
 
