@@ -656,16 +656,42 @@ def test_in_blocks_of_outputs_it_is_the_same_product(format):
     assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
 
 
+@pytest.mark.parametrize("rows", [3, 200])
 @pytest.mark.parametrize("format", **table(SAMPLE))
-def test_in_lines_it_is_the_same_product(format):
+def test_in_lines_it_is_the_same_product(format, rows):
     """Law: every input meets the code at its place of a byte; whole numbers round nothing, zero points beside them."""
-    x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
+    x = np.random.default_rng(0).integers(-9, 10, (1, rows, 64)).astype(np.float32)
     q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
-    lines = by_lines(q)
+    lines = by_lines(rows, q)
     assert lines is not None
     expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
     found = jax.jit(lines)(jnp.asarray(x), q)
     assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
+
+
+# The axes of the activations, of the weight and of the result.
+UNDER_VMAP = ["k,kn->n", "mk,kn->mn", "bmk,bkn->bmn", "bmk,bkn->bnm"]
+
+
+@pytest.mark.parametrize("activations", [None, jq.int8], ids=["float", "int8"])
+@pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
+@pytest.mark.parametrize("axes", UNDER_VMAP)
+def test_a_batch_under_vmap_is_more_rows(axes, turn, activations):
+    """Law: `vmap` around a quantized function gives what one call after the other does, and reads the weight once."""
+    of_x, of_w, _ = re.split(",|->", axes)
+    sizes = {"b": 2, "m": 3, "k": 64, "n": 48}
+    x_shape, w_shape = ([sizes[axis] for axis in name] for name in (of_x, of_w))
+    weights, xs = normal((5, *w_shape), 1), normal((5, *x_shape), 2)
+    qs = [turn(jq.quantize(w, jq.int8)) for w in weights]
+    einsum = functools.partial(jnp.einsum, axes, precision="highest")
+    forward = jq.quantized(lambda q, x: einsum(x, q), activations=activations)
+    both = list(zip(qs, xs, strict=True))
+    together = jax.jit(jax.vmap(forward, (None, 0)))
+    assert close(together(qs[0], xs), jnp.stack([forward(qs[0], x) for x in xs]))
+    assert " gather(" not in together.lower(qs[0], xs).compile().as_text()
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *qs)
+    assert close(jax.jit(jax.vmap(forward))(stacked, xs), jnp.stack([forward(q, x) for q, x in both]))
+    assert close(jax.vmap(forward, (0, None))(stacked, xs[0]), jnp.stack([forward(q, xs[0]) for q in qs]))
 
 
 IN_PIECES = {

@@ -72,7 +72,7 @@ def choose(
     in_double = jnp.dtype(q.dtype).itemsize > 4
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
     gpu = None if inputs_last or in_double else gpu_dot_floats
-    cpu = None if in_double else (by_lines if inputs_last else by_outputs)(q)
+    cpu = None if in_double else by_lines(rows, q) if inputs_last else by_outputs(q)
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):

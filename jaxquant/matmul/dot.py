@@ -14,6 +14,7 @@ from jaxquant import inputs
 from jaxquant.errors import FormatError
 from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import split_kept
+from jaxquant.matmul.batches import of_batches
 from jaxquant.matmul.choice import FLOAT, Formulation, choose
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
@@ -53,6 +54,16 @@ class Dot:
 
     def forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """The product in the best arithmetic for the weight's format."""
+        outputs = _rest(q.ndim, self.contracted[1], self.batch[1])
+        place = len(self.batch[0]) + (len(outputs) if self.weight_first else 0)
+        return of_batches(self._forward, lambda: self._of_more().forward, place)(x, q)
+
+    def _of_more(self) -> "Dot":
+        """The same product of activations that have one more axis, which comes first."""
+        contracted, batch = ((tuple(axis + 1 for axis in x), w) for x, w in (self.contracted, self.batch))
+        return dataclasses.replace(self, contracted=contracted, batch=batch)
+
+    def _forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         weight = self.matrices(q)
         if weight is None:
             return self.reference(x, q)

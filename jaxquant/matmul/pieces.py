@@ -26,7 +26,7 @@ from jaxquant.finite import are_finite
 from jaxquant.matmul.arithmetic import Tokens
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.matmul.integers import LONGEST
-from jaxquant.matmul.lines import Lines, lines_of
+from jaxquant.matmul.lines import Lines, block_of, lines_of, never_after
 from jaxquant.packed import places_of, unpacked
 from jaxquant.qtensor import QTensor, centre
 from jaxquant.trace.views import expand
@@ -51,7 +51,7 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
     codes, groups = tokens.codes[0].astype(jnp.int16), q.scale.shape[1]
     codes = codes if tokens.zero is None else codes - tokens.zero[0].astype(jnp.int16)
     inputs = jnp.sum(codes.reshape(len(codes), groups, -1), axis=-1, dtype=jnp.int32)
-    never = _never(tokens.scale)
+    never = never_after(tokens.scale)
     digits = _written([codes], never)
 
     def one(lines: Lines, row: Sequence[Array], inputs: Int32[Array, " groups"]) -> Float[Array, " N"]:
@@ -83,7 +83,7 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M 
     whole = jnp.clip(jnp.round(pieces / scale), -largest, largest).astype(jnp.int32)
     # With a lower digit of up to +2^(low - 1), not -2^(low - 1), which times the lowest code would be +2^15.
     higher = (whole + (2 ** (low - 1) - 1)) >> low
-    never = _never(scale)
+    never = never_after(scale)
     digits = _written([digit.astype(jnp.int16).reshape(rows, -1) for digit in (higher, whole - (higher << low))], never)
 
     def one(lines: Lines, row: Sequence[Array], inputs: Array, scale: Float[Array, " pieces"]) -> Float[Array, " N"]:
@@ -98,11 +98,6 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M 
     return _by_rows(one, lines_of(q), never, digits, inputs, scale)
 
 
-def _never(scale: Float[Array, "..."]) -> Bool[Array, ""]:
-    """False, which XLA does not know before the run: no step is negative, nor is one that is NaN."""
-    return scale.reshape(-1)[0] < 0
-
-
 def _written(digits: list[Int16[Array, "M K"]], never: Bool[Array, ""]) -> list[Int16[Array, "M K"]]:
     """The digits, written down."""
     return jax.lax.cond(never, lambda some: [0 * digit for digit in some], lambda same: same, digits)
@@ -113,15 +108,10 @@ def _by_rows(
 ) -> Float[Array, "1 M N"]:
     """`one(lines, ...)` of each row of `of_rows`, some lines after the other."""
     count = 2 if len(lines.held) % 2 == 0 else 1
-    size, nought = len(lines.held) // count, never.astype(jnp.int32)
-
-    def some(block: int) -> Lines:
-        start = nought + block * size
-        return jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, size), lines)
-
     leaves, treedef = jax.tree.flatten(of_rows)
     rows = [treedef.unflatten(row) for row in zip(*leaves, strict=True)]
-    blocks = [jnp.stack([one(some(block), *row) for row in rows]) for block in range(count)]
+    parts = [block_of(lines, block, count, never) for block in range(count)]
+    blocks = [jnp.stack([one(part, *row) for row in rows]) for part in parts]
     return jnp.concatenate(blocks, axis=-1)[None]
 
 
