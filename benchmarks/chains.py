@@ -35,7 +35,7 @@ def weights(inputs: int, outputs: int) -> list[list[jax.Array]]:
     """Weights for one program after the other, drawn from N(0, 1), of `COLD` bytes together at least."""
     count = max(2, -(-COLD // (4 * inputs * outputs)))
     length = min(LENGTH, count)
-    keys = iter(jax.random.split(jax.random.key(0), (-(-count // length), length)))
+    keys = jax.random.split(jax.random.key(0), (-(-count // length), length))
     return [[jax.random.normal(key, (inputs, outputs)) for key in of_program] for of_program in keys]
 
 

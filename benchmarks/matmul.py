@@ -52,8 +52,7 @@ def in_floats(dtype: Any) -> Contender:
 
 def in_codes(format: jq.Format, activations: jq.Format | None, order: Callable[[Any], Any]) -> Contender:
     """A contender of ours, and the order in memory that its weights are stored in."""
-    run = jq.quantized(lambda q, x: multiply(x, q), activations=activations)
-    return Contender(lambda w: order(jq.quantize(w, format)), lambda x, q: run(q, x))
+    return Contender(lambda w: order(jq.quantize(w, format)), jq.quantized(multiply, activations=activations))
 
 
 def contenders() -> dict[str, Contender]:
