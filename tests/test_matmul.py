@@ -23,8 +23,9 @@ from tables import SAMPLE, as_shipped, exactly, table
 
 import jaxquant as jq
 from jaxquant.errors import FormatError
+from jaxquant.matmul import choice
 from jaxquant.matmul.arithmetic import Tokens, grouped_dot
-from jaxquant.matmul.blocks import _by_columns, _by_inputs
+from jaxquant.matmul.blocks import _by_inputs
 from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
@@ -646,27 +647,40 @@ def test_products_of_packed_codes_are_exact(rows, dtype, outputs, groups):
     assert np.array_equal(found, np.einsum("bgmk,bgkn->bgmn", x, w))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows, inputs_last", [(3, True), (200, True), (3, False)], ids=["few", "many", "columns"])
 @pytest.mark.parametrize("format", **table(SAMPLE))
-def test_in_blocks_of_outputs_it_is_the_same_product(format):
-    """Law: every place of every byte meets its own scale and zero point; whole numbers round nothing."""
-    x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
-    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
-    found = jax.jit(functools.partial(_by_columns, columns=16))(jnp.asarray(x), q)
-    expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
-    assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
-
-
-@pytest.mark.parametrize("rows", [3, 200])
-@pytest.mark.parametrize("format", **table(SAMPLE))
-def test_in_lines_it_is_the_same_product(format, rows):
-    """Law: every input meets the code at its place of a byte; whole numbers round nothing, zero points beside them."""
+def test_in_lines_it_is_the_same_product(format, rows, inputs_last, dtype):
+    """Law: each code meets its input, scale and zero point; whole numbers to 256 round nothing, in bfloat16 either."""
     x = np.random.default_rng(0).integers(-9, 10, (1, rows, 64)).astype(np.float32)
     q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
-    lines = by_lines(rows, q)
-    assert lines is not None
-    expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
-    found = jax.jit(lines)(jnp.asarray(x), q)
-    assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
+    product = by_lines(rows, q, inputs_last)
+    assert product is not None
+    factors = 2.0 ** np.random.default_rng(1).integers(-3, 4, (1, rows, 1))
+    expected = (x * factors) @ np.asarray(jq.dequantize(q), np.float64)
+    found = jax.jit(product)(jnp.asarray(x, dtype), q, jnp.asarray(factors, jnp.float32))
+    # A codebook's levels and fractions of a float8 are no whole numbers.
+    bound = 0 if q.is_integer else 1e-6 if dtype == jnp.float32 else 2.0**-8
+    assert found.dtype == jnp.float32
+    assert np.abs(found - expected).max() <= bound * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
+@pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False)], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int4], ids=str)
+def test_codes_as_bfloat16_are_multiplied_exactly(format, activations, turn, monkeypatch):
+    """Law: where a CPU multiplies bfloat16 fastest, many rows of codes give what they give as int8."""
+    x, q = normal((80, 64), 1), turn(jq.quantize(normal((64, 192), 2), format))
+
+    def found(narrow):
+        monkeypatch.setattr(choice, "multiplies_bfloats", lambda: narrow)
+        jax.clear_caches()
+        run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations)).lower(q, x).compile()
+        return run(q, x), "bf16[" in run.as_text()
+
+    (as_floats, narrow), (as_integers, wide) = found(True), found(False)
+    assert narrow and not wide
+    assert np.abs(as_floats - as_integers).max() <= 2.0**-20 * np.abs(as_integers).max()  # the order of the scales
 
 
 # The axes of the activations, of the weight and of the result.
@@ -778,7 +792,7 @@ def test_packed_codes_are_unpacked_a_block_at_a_time_on_cpu(rows, activations):
     x, q = normal((rows, 512)), jq.quantize(normal((512, 512), 1), jq.int4(group=64))
     run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations)).lower(q, x).compile()
     arrays = re.findall(r" (?:f32|s32|s8)\[([\d,]+)\]", run.as_text())
-    assert " while(" in run.as_text() and max(math.prod(map(int, shape.split(","))) for shape in arrays) < q.size
+    assert max(math.prod(map(int, shape.split(","))) for shape in arrays) < q.size
     assert run.memory_analysis().temp_size_in_bytes < 4 * 512 * 512
     said = x if activations is None else rounded(x, activations, (1,))
     assert close(run(q, x), said @ decoded(q), 2e-6)

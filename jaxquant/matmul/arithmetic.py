@@ -68,6 +68,19 @@ def of_tokens(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Ar
     return tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
 
 
+def of_bfloats(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
+    """Codes as bfloat16, which holds them and what a zero point makes of them: whole numbers up to 256.
+
+    Args:
+      tokens: the activations.
+      q: the weight.
+      product: `(x, q) -> out`, of floats, with sums in float32.
+    """
+    codes = tokens.codes.astype(jnp.float32)
+    centred = codes if tokens.zero is None else codes - tokens.zero
+    return product(centred.astype(jnp.bfloat16), q, tokens.scale)
+
+
 def folded(x: Float[Array, "B M K"], q: QTensor, run: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
     """A scale per input goes into the activations before they are quantized: `x @ (s * codes) = (x * s) @ codes`."""
     scaled = x.astype(jnp.float32) * jnp.swapaxes(q.scale, 1, 2)
@@ -93,6 +106,21 @@ def digits(x: Float[Array, "B M K"], q: QTensor, product: Callable[[Array, QTens
 def floats(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     """A float32 matmul with the decoded weight."""
     return batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
+
+
+def in_own_width(
+    x: Float[Array, "B M K"], q: QTensor, product: Callable[[Array, QTensor], Array], narrow: bool
+) -> Array:
+    """A product of floats that stay bfloat16 where that loses nothing, and are float32 else.
+
+    Args:
+      x: the activations.
+      q: the weight, whose codes bfloat16 holds, and whose decoded numbers it does where that is their dtype.
+      product: `(x, q) -> out`.
+      narrow: whether bfloat16 is worth it.
+    """
+    held = q.dtype == jnp.bfloat16 or (q.is_integer and q.scale.shape[1] == 1)
+    return product(x if narrow and held and x.dtype == jnp.bfloat16 else x.astype(jnp.float32), q)
 
 
 def quantize_tokens(

@@ -12,10 +12,21 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import digits, floats, folded, grouped_dot, integer, of_tokens, say
-from jaxquant.matmul.blocks import by_inputs, by_outputs
+from jaxquant.matmul.arithmetic import (
+    digits,
+    floats,
+    folded,
+    grouped_dot,
+    in_own_width,
+    integer,
+    of_bfloats,
+    of_tokens,
+    say,
+)
+from jaxquant.matmul.blocks import by_inputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.lines import by_lines
+from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
@@ -33,6 +44,8 @@ _FEW_ROWS = 4
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, and of floats, sums in pieces are faster than XLA's library.
 _FEW_CODES, _FEW_FLOATS = 2, 1
+# Up to this many rows codes are multiplied as int8, and beyond as bfloat16 where the CPU has instructions for those.
+_FEW_BFLOATS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +85,15 @@ def choose(
     in_double = jnp.dtype(q.dtype).itemsize > 4
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
     gpu = None if inputs_last or in_double else gpu_dot_floats
-    cpu = None if in_double else by_lines(rows, q) if inputs_last else by_outputs(q)
+    lines = None if in_double else by_lines(rows, q, inputs_last)
+    cpu = lines and functools.partial(in_own_width, product=lines, narrow=multiplies_bfloats())
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
         return _of_floats(rows, q, inputs_last, exact, gpu, cpu)
-    return _of_codes(rows, q, inputs_last, cpu, activations, outliers)
+    return _of_codes(rows, q, inputs_last, cpu, lines, activations, outliers)
 
 
 def _of_floats(rows: int, q: QTensor, inputs_last: bool, exact: bool, gpu: Run | None, cpu: Run | None) -> Formulation:
@@ -96,7 +110,7 @@ def _of_floats(rows: int, q: QTensor, inputs_last: bool, exact: bool, gpu: Run |
 
 
 def _of_codes(
-    rows: int, q: QTensor, inputs_last: bool, cpu: Run | None, activations: Format, outliers: int
+    rows: int, q: QTensor, inputs_last: bool, cpu: Run | None, lines: Run | None, activations: Format, outliers: int
 ) -> Formulation:
     """Activations in codes; what a CPU does with decoded weights is known."""
     groups, inputs = q.scale.shape[1], q.shape[1]
@@ -114,6 +128,9 @@ def _of_codes(
     if inputs_last and 0 < rows <= _FEW_CODES and in_pieces(q):
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
+    if lines and groups == 1 and rows > _FEW_BFLOATS and multiplies_bfloats():
+        product = functools.partial(of_bfloats, product=lines)
+        return Formulation(INTEGER, run=run, gpu=gpu, cpu=functools.partial(in_codes, product=product))
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
     if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
         # The same sums, of the same codes, without an array of bytes in between.

@@ -1,11 +1,12 @@
-"""Floats by a weight whose inputs lie last, on a CPU: a line holds the weights of one output.
+"""Activations by decoded weights on a CPU, the weights of some outputs at a time: a line holds those of one output.
 
-    out[:, lines]  =  ( decode(q[lines]) x^T )^T                    so many lines decoded at a time
+    out[:, lines]  =  x decode(q[lines])^T                 so many lines decoded at a time
 
-What `matmul.blocks` says of what is decoded holds here too, but blocks come one after the other without a loop, which
-would copy their results. Lines lie together in memory, and decoded they are the left operand as it lies. A byte of
-packed codes holds neighbouring inputs: each place in it meets the inputs that lie there. Zero points come after, as a
-product of one number for each group, which is cheaper than an addition for each weight.
+XLA on CPU writes a decoded weight to memory as a whole and reads it again, which takes several times as long as reading
+its codes. A block of lines stays in a cache, and blocks come one after the other without a loop, which would copy their
+results. Lines lie together in memory where inputs lie last, and decoded they are the left operand of a few rows as they
+lie; else they are columns. A byte of packed codes holds neighbours: inputs, which are products to be added up, or
+outputs, whose products lie side by side.
 """
 
 import dataclasses
@@ -31,18 +32,24 @@ _MANY_ROWS, _FEWEST = 192, 4
 
 
 class Lines(NamedTuple):
-    """Some outputs of a weight as they lie: their codes in bytes, their scales, and their zero points or None."""
+    """Some outputs of a weight as they lie: their codes in bytes, their scales, and their zero points or None.
+
+    Here and below outputs come first, or last in columns.
+    """
 
     held: Shaped[Array, "N bytes"]
     scale: Float[Array, "N groups"]
     zero: Shaped[Array, "N groups"] | None
 
 
-def lines_of(q: QTensor) -> Lines:
-    """All lines of a weight `[1, K, N]` whose inputs lie last."""
-    codes, scale, zero = jax.tree.map(lambda part: jnp.swapaxes(part[0], 0, 1), (q.codes, q.scale, q.zero))
-    scale, zero = jax.tree.map(lambda part: jnp.broadcast_to(part, (len(codes), part.shape[1])), (scale, zero))
-    return Lines(bytes_of(codes), scale, zero)
+def lines_of(q: QTensor, columns: bool = False) -> Lines:
+    """All lines of a weight `[1, K, N]` whose inputs lie last, or all its columns."""
+    codes, scale, zero = jax.tree.map(lambda part: part[0] if columns else part[0].T, (q.codes, q.scale, q.zero))
+
+    def full(part: Array) -> Array:
+        return jnp.broadcast_to(part, (part.shape[0], q.shape[2]) if columns else (q.shape[2], part.shape[1]))
+
+    return Lines(bytes_of(codes), *jax.tree.map(full, (scale, zero)))
 
 
 def never_after(x: Float[Array, "..."]) -> Bool[Array, ""]:
@@ -53,54 +60,123 @@ def never_after(x: Float[Array, "..."]) -> Bool[Array, ""]:
     return 0 * jnp.sum(x[(slice(1),) * x.ndim]) > 1
 
 
-def block_of(lines: Lines, block: int, count: int, never: Bool[Array, ""]) -> Lines:
+def block_of(lines: Lines, block: int, count: int, never: Bool[Array, ""], columns: bool = False) -> Lines:
     """One of `count` blocks of lines.
 
-    It begins where only the run shows. Else XLA would decode, or widen, the codes of all weights of a program before it
-    multiplies by the first, and those of a loop over tokens before the loop, and keep them so.
+    Its codes begin where only the run shows. Else XLA would decode, or widen, those of all weights of a program before
+    it multiplies by the first, and those of a loop over tokens before the loop, and keep them so.
     """
-    size = len(lines.held) // count
-    start = never.astype(jnp.int32) + block * size
-    return jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, size), lines)
+    axis = 1 if columns else 0
+    size = lines.held.shape[axis] // count
+    held = jax.lax.dynamic_slice_in_dim(lines.held, never.astype(jnp.int32) + block * size, size, axis)
+
+    def some(part: Array) -> Array:
+        size = part.shape[axis] // count
+        return jax.lax.slice_in_dim(part, block * size, (block + 1) * size, axis=axis)
+
+    return Lines(held, *jax.tree.map(some, (lines.scale, lines.zero)))
 
 
-def by_lines(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | None:
-    """The product `(x, q) -> out` of floats and decoded lines; None where lines cannot be taken in blocks.
+def by_lines(rows: int, q: QTensor, inputs_last: bool) -> Callable[..., Array] | None:
+    """The product `(x, q, scale=None) -> out * scale` of activations and decoded lines; None where they make no blocks.
+
+    Weights are decoded to the dtype of the activations, and sums are float32: of codes in bfloat16, which holds whole
+    numbers up to 256, each product and each sum below 2^24 is exact.
 
     Args:
       rows: the tokens.
-      q: the weight, `[B, K, N]`, whose inputs lie last.
+      q: the weight, `[B, K, N]`.
+      inputs_last: whether its inputs are what lies together in memory.
     """
-    (_, inputs, outputs), groups = q.shape, q.scale.shape[1]
-    # A byte belongs to one group.
-    whole = groups > 0 and inputs // groups % places_of(q.codes.dtype) == 0
-    many = rows >= _MANY_ROWS
-    fit = [count for count in range(_FEWEST if many else 2, _MOST + 1) if outputs % (count * _MULTIPLE) == 0]
+    (_, inputs, outputs), groups, places = q.shape, q.scale.shape[1], places_of(q.codes.dtype)
+    # A byte belongs to one group, and to one block.
+    whole = groups > 0 and (not inputs_last or inputs // groups % places == 0)
+    many = rows >= _MANY_ROWS or not inputs_last
+    multiple = _MULTIPLE if inputs_last else _MULTIPLE * places
+    fit = [count for count in range(_FEWEST if many else 2, _MOST + 1) if outputs % (count * multiple) == 0]
     count = next((count for count in fit if 4 * inputs * outputs <= _CACHE * count), max(fit, default=None))
     if not whole or count is None or not is_alone(q):
         return None
-    return functools.partial(_by_lines, count=count, many=many)
+    product = functools.partial(_of_lines, many=many) if inputs_last else _of_columns
+    return functools.partial(_by_lines, product=product, count=count, columns=not inputs_last, many=many)
 
 
-def _by_lines(x: Float[Array, "1 M K"], q: QTensor, count: int, many: bool) -> Float[Array, "1 M N"]:
-    lines, places, rows = lines_of(q), places_of(q.codes.dtype), x[0].astype(jnp.float32)
-    apart = jnp.moveaxis(rows.reshape(len(rows), x.shape[2] // places, places), 2, 0)
-    symmetric = dataclasses.replace(q, zero=None, dtype=jnp.dtype(jnp.float32))
-
-    def one(block: Lines) -> Float[Array, "..."]:
-        parts = (unpacked(block.held, place, places) for place in range(places))
-        weights = (decode(dataclasses.replace(symmetric, codes=part, scale=block.scale)) for part in parts)
-        products = (x @ weight.T if many else weight @ x.T for weight, x in zip(weights, apart, strict=True))
-        return functools.reduce(operator.add, products)
-
-    outs = []
-    for block in range(count):
+def _by_lines(
+    x: Float[Array, "1 M K"],
+    q: QTensor,
+    scale: Float[Array, "1 M 1"] | None = None,
+    *,
+    product: Callable[..., Array],
+    count: int,
+    columns: bool,
+    many: bool,
+) -> Float[Array, "1 M N"]:
+    lines, rows = lines_of(q, columns), x[0]
+    outs, before = [], rows
+    for number in range(count):
         # After the block before it, which leaves its place in memory to this one.
-        never = never_after(outs[-1] if outs else rows)
-        outs.append(one(block_of(lines._replace(zero=None), block, count, never)))
-    out = jnp.concatenate(outs, axis=1) if many else jnp.concatenate(outs).T
-    if lines.zero is not None:
-        groups = lines.scale.shape[1]
-        sums = jnp.sum(rows.reshape(len(rows), groups, x.shape[2] // groups), axis=-1)
-        out = out - sums @ (lines.zero.astype(jnp.float32) * lines.scale).T
-    return out[None]
+        block = block_of(lines, number, count, never_after(before), columns)
+        before = product(rows, block, q)
+        outs.append(_completed(before, rows, block, q, scale, columns, many))
+    return (jnp.concatenate(outs, axis=1) if many else jnp.concatenate(outs).T)[None]
+
+
+def _of_lines(rows: Float[Array, "M K"], block: Lines, q: QTensor, many: bool) -> Float[Array, "..."]:
+    """The product with some lines, without what comes after it, `[M, N]` of many rows and `[N, M]` of few."""
+    (count, inputs), places = rows.shape, places_of(q.codes.dtype)
+    apart = jnp.moveaxis(rows.reshape(count, inputs // places, places), 2, 0)
+
+    def of(place: int) -> Float[Array, "..."]:
+        weight = _decoded(q, unpacked(block.held, place, places), block.scale, rows.dtype)
+        return _dot(apart[place], weight, 1) if many else _dot(weight, apart[place], 1)
+
+    return functools.reduce(operator.add, map(of, range(places)))
+
+
+def _of_columns(rows: Float[Array, "M K"], block: Lines, q: QTensor) -> Float[Array, "M N"]:
+    """The product with some columns, without what comes after it."""
+    places = places_of(q.codes.dtype)
+
+    def of(place: int) -> Float[Array, "M N"]:
+        weight = _decoded(q, unpacked(block.held, place, places), block.scale[:, place::places], rows.dtype)
+        return _dot(rows, weight, 0)
+
+    return jnp.stack([of(place) for place in range(places)], axis=-1).reshape(len(rows), -1)
+
+
+def _dot(left: Float[Array, "M K"], right: Float[Array, "..."], axis: int) -> Float[Array, "M N"]:
+    """The product in float32, along an axis of the right operand.
+
+    Both are held as they are: a transpose that XLA folds into a product of bfloat16 makes it one that it cannot run.
+    """
+    held = jax.lax.optimization_barrier((left, right))
+    return jax.lax.dot_general(*held, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _decoded(q: QTensor, codes: Array, scale: Array, dtype) -> Float[Array, "..."]:
+    """Codes with their scales, unless those come after the product."""
+    scale = jnp.ones_like(scale) if _comes_after(q) else scale
+    return decode(dataclasses.replace(q, codes=codes, scale=scale, zero=None, dtype=dtype))
+
+
+def _completed(
+    total: Array, rows: Float[Array, "M K"], block: Lines, q: QTensor, scale: Array | None, columns: bool, many: bool
+) -> Float[Array, "..."]:
+    """A product with zero points and scales, here, while it is in a cache: XLA would go through all blocks once more.
+
+    A zero point comes as a product of one number for each group, which is cheaper than an addition for each weight.
+    """
+    if block.zero is not None:
+        groups = q.scale.shape[1]
+        zero = block.zero.astype(jnp.float32) * (1 if _comes_after(q) else block.scale)
+        sums = jnp.sum(rows.reshape(len(rows), groups, rows.shape[1] // groups), axis=-1, dtype=jnp.float32)
+        zero = zero if columns else zero.T
+        total = total - (sums @ zero if many else (sums @ zero).T)
+    if _comes_after(q):
+        total = total * (block.scale.T if many and not columns else block.scale)
+    return total if scale is None else total * (scale[0] if many else scale[0].T)
+
+
+def _comes_after(q: QTensor) -> bool:
+    """Whether scales come after the product: integer codes with one for each output."""
+    return q.is_integer and q.scale.shape[1] == 1
