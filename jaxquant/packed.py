@@ -55,10 +55,10 @@ def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:
     return jax.lax.bitcast_convert_type(pairs, jnp.int8)
 
 
-def unpacked(held: Shaped[Array, "..."], place: int, packed: int) -> Shaped[Array, "..."]:
+def unpacked(held: Shaped[Array, "..."], place: int | Shaped[Array, "..."], packed: int) -> Shaped[Array, "..."]:
     """The signed codes at one place of bytes that hold `packed` of them; codes of a byte as they are.
 
-    The bytes may come as wider integers, which a CPU shifts faster.
+    The bytes may come as wider integers, which a CPU shifts faster; so may places, one for each byte.
     """
     if packed == 1:
         return held

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from jaxquant.encode import Axes, quantize
 from jaxquant.finite import are_finite
 from jaxquant.format import Format, int8
 from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot
+from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import Kept, QTensor, centre, decode
 
 
@@ -39,6 +40,7 @@ def integer(
     product: Callable[[Tokens, QTensor], Array],
     activations: Format,
     outliers: int,
+    inputs_last: bool,
 ) -> Float[Array, "B M N"]:
     """Activations in codes, and beside them those that stay in float.
 
@@ -46,11 +48,12 @@ def integer(
       x: the activations.
       q: the weight.
       product: `(tokens, q) -> out`.
-      activations, outliers: as in `choose`.
+      activations, outliers, inputs_last: as in `choose`.
     """
     rest, largest = split_outliers(x, outliers)
     out = product(quantize_tokens(rest, activations, bound=q.input_bound), q)
-    return functools.reduce(operator.add, [value * _weight_rows(q, index) for index, value in largest], out)
+    rows = (value * _weight_rows(q, index, inputs_last) for index, value in largest)
+    return functools.reduce(operator.add, rows, out)
 
 
 def of_tokens(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
@@ -168,7 +171,8 @@ def split_outliers(x: Float[Array, "B M K"], count: int) -> tuple[Array, list[tu
     rest, largest = x.astype(jnp.float32), []
     for _ in range(count):
         index = jnp.argmax(jnp.abs(rest), axis=-1)
-        largest.append((index, jnp.take_along_axis(rest, index[..., None], axis=-1)))
+        value = jnp.sum(jnp.where(_is_at(index, rest.shape[-1]), rest, 0.0), axis=-1, keepdims=True)
+        largest.append((index, value))
         rest = jnp.where(_is_at(index, rest.shape[-1]), 0.0, rest)
     return rest, largest
 
@@ -177,17 +181,29 @@ def _is_at(index: Int[Array, "B M"], inputs: int) -> Bool[Array, "B M K"]:
     return jnp.arange(inputs)[None, None] == index[..., None]
 
 
-def _weight_rows(q: QTensor, index: Int[Array, "B M"]) -> Float[Array, "B M N"]:
+def _weight_rows(q: QTensor, index: Int[Array, "B M"], inputs_last: bool) -> Float[Array, "B M N"]:
     """The decoded weights of one input for each token."""
+    places = places_of(q.codes.dtype)
+    if inputs_last and places > 1:
+        # As bytes, because XLA would first take all codes apart.
+        held = jnp.swapaxes(bytes_of(jnp.swapaxes(q.codes, 1, 2)), 1, 2)
+        codes = unpacked(_at(held, index // places), (index % places).astype(jnp.int8)[..., None], places)
+    else:
+        codes = _at(q.codes, index)
 
-    def of_token(part: Array) -> Array:
-        every = jnp.broadcast_to(part, (index.shape[0], *part.shape[1:]))
-        member = q.shape[1] // part.shape[1]
-        return jnp.take_along_axis(every, index[..., None] // member, axis=1, mode="clip").astype(jnp.float32)
+    def of_group(part: Array) -> Float[Array, "B M N"]:
+        return _at(part, index // (q.shape[1] // part.shape[1])).astype(jnp.float32)
 
-    codes = of_token(q.codes.astype(jnp.int8))
-    centred = codes if q.zero is None else codes - of_token(centre(q))
-    return centred * of_token(q.scale)
+    centred = codes.astype(jnp.float32) if q.zero is None else codes.astype(jnp.float32) - of_group(centre(q))
+    return centred * of_group(q.scale)
+
+
+def _at(rows: Shaped[Array, "b K N"], index: Int[Array, "B M"]) -> Shaped[Array, "B M N"]:
+    """The row at each index; of one index a slice, which XLA reads where it is used."""
+    if index.size == 1:
+        return jax.lax.dynamic_index_in_dim(rows, index[0, 0], axis=1)
+    every = jnp.broadcast_to(rows, (index.shape[0], *rows.shape[1:]))
+    return jnp.take_along_axis(every, index[..., None], axis=1, mode="clip")
 
 
 def grouped_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:

@@ -114,7 +114,8 @@ def _of_codes(
 ) -> Formulation:
     """Activations in codes; what a CPU does with decoded weights is known."""
     groups, inputs = q.scale.shape[1], q.shape[1]
-    in_codes = functools.partial(integer, activations=activations, outliers=min(outliers, inputs))
+    outlying = {"outliers": min(outliers, inputs), "inputs_last": inputs_last}
+    in_codes = functools.partial(integer, activations=activations, **outlying)
     product = functools.partial(grouped_dot, inputs_last=inputs_last)
     unpacked = None if inputs_last else by_inputs(rows, q)
     products = [product, unpacked and unpacked(product), None if inputs_last else gpu_dot]
