@@ -4,10 +4,12 @@ python benchmarks/matmul.py
 python benchmarks/matmul.py --shapes 1024x4096,576x1536 --rows 1,8 --runs 5
 
 W4A8 g64 is 4-bit weights in groups of 64 and int8 activations, W4 the same with float activations and a scale for each
-output. A time is that of one of some matmuls in a program, by weights that no cache holds (`chains.py`). Other
-libraries take part where they are installed (`pip install -r benchmarks/requirements.txt`), on as many threads as JAX.
+output; with bf16, weights and activations come in bfloat16. A time is that of one of some matmuls in a program, by
+weights that no cache holds (`chains.py`). Other libraries take part where they are installed
+(`pip install -r benchmarks/requirements.txt`), on as many threads as JAX.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +39,7 @@ CASES = {
     "NF4 g64": (jq.nf4, None),
 }
 TURNED = ("W8A8", "W8", "W4A8 g64", "W4 g64", "NF4 g64")
+HALVES = ("W8A8", "W8", "W4A8 g64", "W4 g64")
 RUNS, SECONDS = 15, 6.0
 
 
@@ -50,17 +53,23 @@ def in_floats(dtype: Any) -> Contender:
     return Contender(lambda w: w.astype(dtype), multiply, take=lambda x: x.astype(dtype))
 
 
-def in_codes(format: jq.Format, activations: jq.Format | None, order: Callable[[Any], Any]) -> Contender:
-    """A contender of ours, and the order in memory that its weights are stored in."""
-    return Contender(lambda w: order(jq.quantize(w, format)), jq.quantized(multiply, activations=activations))
+def in_codes(
+    format: jq.Format, activations: jq.Format | None, order: Callable[[Any], Any], dtype: Any = jnp.float32
+) -> Contender:
+    """A contender of ours, the order in memory that its weights are stored in, and the dtype it quantizes."""
+    run = jq.quantized(multiply, activations=activations)
+    return Contender(lambda w: order(jq.quantize(w.astype(dtype), format)), run, take=lambda x: x.astype(dtype))
 
 
 def contenders() -> dict[str, Contender]:
-    """Float32, bfloat16 and every case."""
-    floats = {"float32": in_floats(jnp.float32), "bf16": in_floats(jnp.bfloat16)}
+    """Float32, bfloat16, which XLA is slow to give out and fast to take in, and every case."""
+    summed = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    half = in_floats(jnp.bfloat16)
+    floats = {"float32": in_floats(jnp.float32), "bf16": half, "bf16 to float32": half._replace(multiply=summed)}
     ours = {name: in_codes(*case, lambda q: q) for name, case in CASES.items()}
     turned = {f"{name} turned": in_codes(*CASES[name], jq.turned) for name in TURNED}
-    return floats | ours | turned
+    halves = {f"{name} turned, bf16": in_codes(*CASES[name], jq.turned, jnp.bfloat16) for name in HALVES}
+    return floats | ours | turned | halves
 
 
 def fits(name: str, inputs: int) -> bool:

@@ -137,7 +137,7 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
 
         return one, lambda: logits(params, prompt)
 
-    apply = Llama(config, last=True).apply
+    apply, in_half = Llama(config, last=True).apply, functools.partial(LayerCache.empty, dtype=jnp.bfloat16)
     int8 = jq.quantize_params(params, jq.int8)
     # The head stays in int8, as it does in the file that llama.cpp reads.
     int4 = jq.quantize_params(jq.quantize_params(params, jq.int4(group=64), where=is_kernel), jq.int8, where=is_table)
@@ -145,9 +145,12 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
     files = {"Q4_1": path} | {kind.name: requantized(path, kind) for kind in kinds}
     runners = {
         "float32": contender(apply, params),
-        "bf16": contender(apply, half(params), functools.partial(LayerCache.empty, dtype=jnp.bfloat16)),
+        "bf16": contender(apply, half(params), in_half),
         "W8A8": contender(jq.quantized(apply), int8),
         "W8A8 turned": contender(jq.quantized(apply), jq.turned(int8)),
+        "W8A8 turned, bf16": contender(
+            jq.quantized(apply), jq.turned(jq.quantize_params(half(params), jq.int8)), in_half
+        ),
         "W8A8 turned, affine, one outlier": contender(jq.quantized(apply, **ARITHMETIC), jq.turned(int8)),
         "W4A8 g64 turned, head W8A8": contender(jq.quantized(apply), jq.turned(int4)),
         "W4 g64 turned, head W8": contender(jq.quantized(apply, activations=None), jq.turned(int4)),

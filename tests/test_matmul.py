@@ -683,6 +683,29 @@ def test_codes_as_bfloat16_are_multiplied_exactly(format, activations, turn, mon
     assert np.abs(as_floats - as_integers).max() <= 2.0**-20 * np.abs(as_integers).max()  # the order of the scales
 
 
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [3, 80, 200])
+@pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
+@pytest.mark.parametrize("activations", [None, jq.int8], ids=["float", "int8"])
+@pytest.mark.parametrize(
+    "format",
+    [jq.int8, jq.int8(symmetric=False), jq.int4(group=16), jq.int2(group=32, symmetric=False), jq.nf4],
+    ids=str,
+)
+def test_a_bfloat16_model_on_any_cpu(format, activations, turn, rows, narrow, monkeypatch):
+    """Law: weights and result are rounded to bfloat16 once at most, by 2^-8, whatever the CPU multiplies fastest."""
+    monkeypatch.setattr(choice, "multiplies_bfloats", lambda: narrow)
+    jax.clear_caches()
+    x, q = normal((rows, 64)).astype(jnp.bfloat16), jq.quantize(normal((64, 192), 1).astype(jnp.bfloat16), format)
+    found = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations))(turn(q), x)
+    wide = np.asarray(x, np.float64)
+    said = rounded(wide, activations, (1,)) if activations is not None and q.is_integer else wide
+    weight = np.asarray(jq.dequantize(q.astype(jnp.float32)), np.float64)
+    assert found.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(found, np.float64) - said @ weight)
+    assert (error <= 2 * 2.0**-8 * (np.abs(said) @ np.abs(weight))).all()
+
+
 # The axes of the activations, of the weight and of the result.
 UNDER_VMAP = ["k,kn->n", "mk,kn->mn", "bmk,bkn->bmn", "bmk,bkn->bnm"]
 

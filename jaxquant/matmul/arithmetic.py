@@ -71,13 +71,13 @@ def of_tokens(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Ar
     return tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
 
 
-def of_bfloats(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
+def of_bfloats(tokens: Tokens, q: QTensor, product: Callable[..., Array]) -> Float[Array, "B M N"]:
     """Codes as bfloat16, which holds them and what a zero point makes of them: whole numbers up to 256.
 
     Args:
       tokens: the activations.
       q: the weight.
-      product: `(x, q) -> out`, of floats, with sums in float32.
+      product: `(x, q, scale) -> out * scale`, of floats, with sums in float32.
     """
     codes = tokens.codes.astype(jnp.float32)
     centred = codes if tokens.zero is None else codes - tokens.zero

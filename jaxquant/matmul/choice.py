@@ -129,10 +129,13 @@ def _of_codes(
     if inputs_last and 0 < rows <= _FEW_CODES and in_pieces(q):
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
-    if lines and groups == 1 and rows > _FEW_BFLOATS and multiplies_bfloats():
-        product = functools.partial(of_bfloats, product=lines)
-        return Formulation(INTEGER, run=run, gpu=gpu, cpu=functools.partial(in_codes, product=product))
+    narrow = None
+    if lines and multiplies_bfloats():
+        narrow = functools.partial(in_codes, product=functools.partial(of_bfloats, product=lines))
+    if narrow and groups == 1 and rows > _FEW_BFLOATS:
+        return Formulation(INTEGER, run=run, gpu=gpu, cpu=narrow)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
+    of_decoded = narrow if narrow and q.dtype == jnp.bfloat16 else of_said
     if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
         # The same sums, of the same codes, without an array of bytes in between.
         return Formulation(INTEGER, run=run, cpu=of_said)
@@ -140,5 +143,5 @@ def _of_codes(
         if cpu_run is not None:
             return Formulation(INTEGER, say=heard, gpu=gpu, cpu=cpu_run)
         reason = f"with {groups} groups and {rows} rows it is faster decoded"
-        return Formulation(FLOAT, reason if inputs_last else f"{reason} on CPU", say=heard, gpu=gpu, cpu=of_said)
+        return Formulation(FLOAT, reason if inputs_last else f"{reason} on CPU", say=heard, gpu=gpu, cpu=of_decoded)
     return Formulation(INTEGER, run=run, gpu=gpu, cpu=cpu_run)

@@ -82,7 +82,8 @@ class Dot:
         assert weight is not None
         if formulation.run is None and formulation.say is None:
             return self.reference(x, q)
-        tokens, beside = split_kept(inputs.apply(weight.transform, self.tokens(x)), weight.kept)
+        plain = not weight.transform and weight.kept is None
+        tokens, beside = (self.tokens(x), None) if plain else self._transformed(x, weight)
         if formulation.run is not None:
             out = self.assembled(formulation.run(tokens, weight.core), x.shape, q.shape)
         else:
@@ -107,8 +108,11 @@ class Dot:
         weight = self.matrices(q)
         if weight is None:
             return x
-        tokens, _ = split_kept(inputs.apply(weight.transform, self.tokens(x)), weight.kept)
-        return self._untokened(tokens, x.shape)
+        return self._untokened(self._transformed(x, weight)[0], x.shape)
+
+    def _transformed(self, x: Float[Array, "..."], weight: QTensor) -> tuple[Array, Float[Array, "B M N"] | None]:
+        """The tokens after the transform in float32, without the inputs that are kept, and the product of those."""
+        return split_kept(inputs.apply(weight.transform, self.tokens(x)), weight.kept)
 
     def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
         rows = _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))

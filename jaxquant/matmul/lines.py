@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ def _of_lines(rows: Float[Array, "M K"], block: Lines, q: QTensor, many: bool) -
     apart = jnp.moveaxis(rows.reshape(count, inputs // places, places), 2, 0)
 
     def of(place: int) -> Float[Array, "..."]:
-        weight = _decoded(q, unpacked(block.held, place, places), block.scale, rows.dtype)
+        weight = _decoded(block._replace(held=unpacked(block.held, place, places)), q, rows.dtype)
         return _dot(apart[place], weight, 1) if many else _dot(weight, apart[place], 1)
 
     return functools.reduce(operator.add, map(of, range(places)))
@@ -138,8 +138,8 @@ def _of_columns(rows: Float[Array, "M K"], block: Lines, q: QTensor) -> Float[Ar
     places = places_of(q.codes.dtype)
 
     def of(place: int) -> Float[Array, "M N"]:
-        weight = _decoded(q, unpacked(block.held, place, places), block.scale[:, place::places], rows.dtype)
-        return _dot(rows, weight, 0)
+        scale, zero = jax.tree.map(lambda part: part[:, place::places], (block.scale, block.zero))
+        return _dot(rows, _decoded(Lines(unpacked(block.held, place, places), scale, zero), q, rows.dtype), 0)
 
     return jnp.stack([of(place) for place in range(places)], axis=-1).reshape(len(rows), -1)
 
@@ -150,13 +150,14 @@ def _dot(left: Float[Array, "M K"], right: Float[Array, "..."], axis: int) -> Fl
     Both are held as they are: a transpose that XLA folds into a product of bfloat16 makes it one that it cannot run.
     """
     held = jax.lax.optimization_barrier((left, right))
-    return jax.lax.dot_general(*held, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(held[0], held[1], (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _decoded(q: QTensor, codes: Array, scale: Array, dtype) -> Float[Array, "..."]:
-    """Codes with their scales, unless those come after the product."""
-    scale = jnp.ones_like(scale) if _comes_after(q) else scale
-    return decode(dataclasses.replace(q, codes=codes, scale=scale, zero=None, dtype=dtype))
+def _decoded(part: Lines, q: QTensor, dtype: Any) -> Float[Array, "..."]:
+    """Codes of a byte with their scales and zero points, without those that come after the product."""
+    zero = None if _zero_comes_after(q, dtype) else part.zero
+    scale = jnp.ones_like(part.scale) if _scale_comes_after(q) else part.scale
+    return decode(dataclasses.replace(q, codes=part.held, scale=scale, zero=zero, dtype=dtype))
 
 
 def _completed(
@@ -166,17 +167,22 @@ def _completed(
 
     A zero point comes as a product of one number for each group, which is cheaper than an addition for each weight.
     """
-    if block.zero is not None:
+    if block.zero is not None and _zero_comes_after(q, rows.dtype):
         groups = q.scale.shape[1]
-        zero = block.zero.astype(jnp.float32) * (1 if _comes_after(q) else block.scale)
+        zero = block.zero.astype(jnp.float32) * (1 if _scale_comes_after(q) else block.scale)
         sums = jnp.sum(rows.reshape(len(rows), groups, rows.shape[1] // groups), axis=-1, dtype=jnp.float32)
         zero = zero if columns else zero.T
         total = total - (sums @ zero if many else (sums @ zero).T)
-    if _comes_after(q):
+    if _scale_comes_after(q):
         total = total * (block.scale.T if many and not columns else block.scale)
     return total if scale is None else total * (scale[0] if many else scale[0].T)
 
 
-def _comes_after(q: QTensor) -> bool:
-    """Whether scales come after the product: integer codes with one for each output."""
+def _scale_comes_after(q: QTensor) -> bool:
+    """Of integer codes with one for each output."""
     return q.is_integer and q.scale.shape[1] == 1
+
+
+def _zero_comes_after(q: QTensor, dtype: Any) -> bool:
+    """Unless the product of code and scale is rounded."""
+    return _scale_comes_after(q) or dtype == jnp.float32
