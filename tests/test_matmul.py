@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,7 @@ from jaxquant.matmul.arithmetic import Tokens, grouped_dot
 from jaxquant.matmul.blocks import _by_inputs
 from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.lines import by_lines
+from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 
 INTEGER = "int8 x int8 -> int32"
@@ -681,6 +683,27 @@ def test_codes_as_bfloat16_are_multiplied_exactly(format, activations, turn, mon
     (as_floats, narrow), (as_integers, wide) = found(True), found(False)
     assert narrow and not wide
     assert np.abs(as_floats - as_integers).max() <= 2.0**-20 * np.abs(as_integers).max()  # the order of the scales
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        ("avx512_vnni avx512_bf16", True),
+        ("avx512_bf16 amx_bf16 amx_int8", False),
+        ("avx512_vnni", False),
+        (None, False),
+    ],
+)
+def test_a_cpu_is_asked_for_its_instructions(told, expected, monkeypatch):
+    """Law: bfloat16 is multiplied where that is known to be fast, and a system that says nothing has none of it."""
+
+    def read(path):
+        if told is None:
+            raise FileNotFoundError(path)
+        return f"processor : 0\nflags\t\t: fpu {told} sse\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert multiplies_bfloats.__wrapped__() is expected
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
