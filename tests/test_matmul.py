@@ -26,7 +26,7 @@ import jaxquant as jq
 from jaxquant.errors import FormatError
 from jaxquant.matmul import choice
 from jaxquant.matmul.arithmetic import Tokens, grouped_dot
-from jaxquant.matmul.blocks import _by_inputs
+from jaxquant.matmul.blocks import _by_columns, _by_inputs
 from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
@@ -649,6 +649,16 @@ def test_products_of_packed_codes_are_exact(rows, dtype, outputs, groups):
     assert np.array_equal(found, np.einsum("bgmk,bgkn->bgmn", x, w))
 
 
+@pytest.mark.parametrize("format", **table(SAMPLE))
+def test_in_blocks_of_outputs_it_is_the_same_product(format):
+    """Law: every place of every byte meets its own scale and zero point; whole numbers round nothing."""
+    x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
+    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 192), 1)))
+    found = jax.jit(functools.partial(_by_columns, columns=16))(jnp.asarray(x), q)
+    expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
+    assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows, inputs_last", [(3, True), (200, True), (3, False)], ids=["few", "many", "columns"])
 @pytest.mark.parametrize("format", **table(SAMPLE))
@@ -707,14 +717,10 @@ def test_a_cpu_is_asked_for_its_instructions(told, expected, monkeypatch):
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("rows", [3, 80, 200])
+@pytest.mark.parametrize("rows", [3, 200])
 @pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
 @pytest.mark.parametrize("activations", [None, jq.int8], ids=["float", "int8"])
-@pytest.mark.parametrize(
-    "format",
-    [jq.int8, jq.int8(symmetric=False), jq.int4(group=16), jq.int2(group=32, symmetric=False), jq.nf4],
-    ids=str,
-)
+@pytest.mark.parametrize("format", [jq.int8(symmetric=False), jq.int2(group=32, symmetric=False), jq.fp8], ids=str)
 def test_a_bfloat16_model_on_any_cpu(format, activations, turn, rows, narrow, monkeypatch):
     """Law: weights and result are rounded to bfloat16 once at most, by 2^-8, whatever the CPU multiplies fastest."""
     monkeypatch.setattr(choice, "multiplies_bfloats", lambda: narrow)

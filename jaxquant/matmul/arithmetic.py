@@ -25,6 +25,8 @@ from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import Kept, QTensor, centre, decode
 
+Product = Callable[..., Array]
+
 
 class Tokens(NamedTuple):
     """Activations in codes: `x = (codes - zero) * scale`, a scale and a zero point for each token."""
@@ -71,7 +73,7 @@ def of_tokens(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Ar
     return tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
 
 
-def of_bfloats(tokens: Tokens, q: QTensor, product: Callable[..., Array]) -> Float[Array, "B M N"]:
+def of_bfloats(tokens: Tokens, q: QTensor, product: Product) -> Float[Array, "B M N"]:
     """Codes as bfloat16, which holds them and what a zero point makes of them: whole numbers up to 256.
 
     Args:
@@ -111,19 +113,16 @@ def floats(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     return batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
 
 
-def in_own_width(
-    x: Float[Array, "B M K"], q: QTensor, product: Callable[[Array, QTensor], Array], narrow: bool
-) -> Array:
+def in_own_width(x: Float[Array, "B M K"], q: QTensor, wide: Product, narrow: Product | None) -> Float[Array, "B M N"]:
     """A product of floats that stay bfloat16 where that loses nothing, and are float32 else.
 
     Args:
       x: the activations.
-      q: the weight, whose codes bfloat16 holds, and whose decoded numbers it does where that is their dtype.
-      product: `(x, q) -> out`.
-      narrow: whether bfloat16 is worth it.
+      q: the weight; bfloat16 holds codes whose scale comes after the product, and numbers whose dtype it is.
+      wide, narrow: `(x, q) -> out` of float32 and of bfloat16, which may be missing.
     """
     held = q.dtype == jnp.bfloat16 or (q.is_integer and q.scale.shape[1] == 1)
-    return product(x if narrow and held and x.dtype == jnp.bfloat16 else x.astype(jnp.float32), q)
+    return narrow(x, q) if narrow and held and x.dtype == jnp.bfloat16 else wide(x.astype(jnp.float32), q)
 
 
 def quantize_tokens(

@@ -23,7 +23,7 @@ from jaxquant.matmul.arithmetic import (
     of_tokens,
     say,
 )
-from jaxquant.matmul.blocks import by_inputs
+from jaxquant.matmul.blocks import by_inputs, by_outputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
@@ -46,6 +46,8 @@ _FEW_DIGITS, _FEW_GROUPED = 8, 2
 _FEW_CODES, _FEW_FLOATS = 2, 1
 # Up to this many rows codes are multiplied as int8, and beyond as bfloat16 where the CPU has instructions for those.
 _FEW_BFLOATS = 64
+# From this many rows on it pays to put the results of decoded columns together outside of a loop.
+_MANY_COLUMNS = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ def choose(
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
     gpu = None if inputs_last or in_double else gpu_dot_floats
     lines = None if in_double else by_lines(rows, q, inputs_last)
-    cpu = lines and functools.partial(in_own_width, product=lines, narrow=multiplies_bfloats())
+    wide = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else lines
+    cpu = wide and functools.partial(in_own_width, wide=wide, narrow=lines if multiplies_bfloats() else None)
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
