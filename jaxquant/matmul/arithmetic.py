@@ -121,8 +121,13 @@ def in_own_width(x: Float[Array, "B M K"], q: QTensor, wide: Product, narrow: Pr
       q: the weight; bfloat16 holds codes whose scale comes after the product, and numbers whose dtype it is.
       wide, narrow: `(x, q) -> out` of float32 and of bfloat16, which may be missing.
     """
-    held = q.dtype == jnp.bfloat16 or (q.is_integer and q.scale.shape[1] == 1)
+    held = q.dtype == jnp.bfloat16 or scale_comes_after(q)
     return narrow(x, q) if narrow and held and x.dtype == jnp.bfloat16 else wide(x.astype(jnp.float32), q)
+
+
+def scale_comes_after(q: QTensor) -> bool:
+    """Whether the scales of a weight come onto the product with its codes: whole numbers with one for each output."""
+    return q.is_integer and q.scale.shape[1] == 1
 
 
 def quantize_tokens(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from jaxquant.matmul.arithmetic import scale_comes_after
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, decode
@@ -156,7 +157,7 @@ def _dot(left: Float[Array, "M K"], right: Float[Array, "..."], axis: int) -> Fl
 def _decoded(part: Lines, q: QTensor, dtype: Any) -> Float[Array, "..."]:
     """Codes of a byte with their scales and zero points, without those that come after the product."""
     zero = None if _zero_comes_after(q, dtype) else part.zero
-    scale = jnp.ones_like(part.scale) if _scale_comes_after(q) else part.scale
+    scale = jnp.ones_like(part.scale) if scale_comes_after(q) else part.scale
     return decode(dataclasses.replace(q, codes=part.held, scale=scale, zero=zero, dtype=dtype))
 
 
@@ -169,20 +170,15 @@ def _completed(
     """
     if block.zero is not None and _zero_comes_after(q, rows.dtype):
         groups = q.scale.shape[1]
-        zero = block.zero.astype(jnp.float32) * (1 if _scale_comes_after(q) else block.scale)
+        zero = block.zero.astype(jnp.float32) * (1 if scale_comes_after(q) else block.scale)
         sums = jnp.sum(rows.reshape(len(rows), groups, rows.shape[1] // groups), axis=-1, dtype=jnp.float32)
         zero = zero if columns else zero.T
         total = total - (sums @ zero if many else (sums @ zero).T)
-    if _scale_comes_after(q):
+    if scale_comes_after(q):
         total = total * (block.scale.T if many and not columns else block.scale)
     return total if scale is None else total * (scale[0] if many else scale[0].T)
 
 
-def _scale_comes_after(q: QTensor) -> bool:
-    """Of integer codes with one for each output."""
-    return q.is_integer and q.scale.shape[1] == 1
-
-
 def _zero_comes_after(q: QTensor, dtype: Any) -> bool:
     """Unless the product of code and scale is rounded."""
-    return _scale_comes_after(q) or dtype == jnp.float32
+    return scale_comes_after(q) or dtype == jnp.float32
