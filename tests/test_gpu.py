@@ -57,6 +57,10 @@ def product(q, x):
     return x @ q
 
 
+def product_at(precision, q, x):
+    return jnp.matmul(x, q, precision=precision)
+
+
 def deep(stack, x):
     return jax.lax.scan(lambda x, q: (jnp.tanh(x @ q), None), x, stack)[0]
 
@@ -90,6 +94,16 @@ def test_a_weight_is_never_decoded(card, case, rows):
     assert rows >= SIZE or not of_weight(program)
     assert rows < 16 or any(family in name for name in program.tensor_cores), program.tensor_cores
     assert program.fits and not program.collectives
+
+
+@on_gpu
+@pytest.mark.parametrize(("precision", "family"), [(None, "tf32"), ("BF16_BF16_F32", "bf16"), ("highest", None)])
+def test_a_float32_model_is_multiplied_at_its_precision(precision, family):
+    """The tensor cores have no float32, so the highest precision is without them."""
+    forward = functools.partial(serve, functools.partial(product_at, precision), None)
+    weight, x = shape(1024, 1024, dtype=jnp.float32), shape(64, 1024, dtype=jnp.float32)
+    program = jq.lower_for("h100", forward, jax.eval_shape(lambda w: jq.quantize(w, jq.int8), weight), x)
+    assert any(family in name for name in program.tensor_cores) if family else not program.tensor_cores
 
 
 @on_gpu

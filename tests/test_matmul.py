@@ -25,12 +25,13 @@ from tables import SAMPLE, as_shipped, exactly, table
 import jaxquant as jq
 from jaxquant.errors import FormatError
 from jaxquant.matmul import choice
-from jaxquant.matmul.arithmetic import Tokens, grouped_dot
+from jaxquant.matmul.arithmetic import grouped_dot
 from jaxquant.matmul.blocks import _by_columns, _by_inputs
 from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
+from jaxquant.matmul.tokens import Tokens
 
 INTEGER = "int8 x int8 -> int32"
 
@@ -516,6 +517,20 @@ def test_dot_general_is_what_quantized_does(activations):
         assert np.array_equal(jq.dot_general(a, b, numbers, activations=activations), run(a, b, numbers))
 
 
+def test_dot_general_reads_the_precision_as_jax_does():
+    """Law: given by name or by the function around it, the highest precision keeps every bit of a row of floats."""
+    x, q = normal((1, 64)), jq.turned(jq.quantize(normal((64, 36), 1), jq.int8))
+    product = functools.partial(jq.dot_general, x, q, NUMBERS, activations=None)
+    expected = np.asarray(x, np.float64) @ np.asarray(jq.dequantize(q), np.float64)
+
+    def off(found):
+        return np.abs(found - expected).max() / np.abs(expected).max()
+
+    with jax.default_matmul_precision("highest"):
+        around = product()
+    assert max(off(around), off(product(precision="highest"))) < 2.0**-20 < off(product())
+
+
 def test_dot_general_of_two_qtensors_decodes_the_left():
     """Law: two weights in codes mean the product of what they stand for, the left one taken as activations."""
     a, b = jq.quantize(normal((3, 32)), axis=1), jq.quantize(normal((32, 24), 1))
@@ -733,6 +748,41 @@ def test_a_bfloat16_model_on_any_cpu(format, activations, turn, rows, narrow, mo
     assert found.dtype == jnp.bfloat16
     error = np.abs(np.asarray(found, np.float64) - said @ weight)
     assert (error <= 2 * 2.0**-8 * (np.abs(said) @ np.abs(weight))).all()
+
+
+PRESET = "BF16_BF16_F32"
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
+@pytest.mark.parametrize("format", [jq.int8, jq.int4(group=32, symmetric=False), jq.nf4(group=32), jq.fp8], ids=str)
+def test_floats_are_rounded_where_the_precision_allows_it(format, turn, rows, narrow, monkeypatch):
+    """Law: at BF16_BF16_F32 floats are rounded by 2^-8 at most, and multiplied so where that is faster."""
+    monkeypatch.setattr(choice, "multiplies_bfloats", lambda: narrow)
+    jax.clear_caches()
+    x, q = normal((rows, 64)), jq.quantize(normal((64, 192), 1), format)
+    forward = jax.jit(jq.quantized(lambda q, x: x @ q, activations=None))
+    with jax.default_matmul_precision(PRESET):
+        found, text = forward(turn(q), x), forward.lower(turn(q), x).as_text()
+    weight = np.asarray(jq.dequantize(q), np.float64)
+    error = np.abs(np.asarray(found, np.float64) - np.asarray(x, np.float64) @ weight)
+    assert found.dtype == jnp.float32
+    assert (error <= (2 * 2.0**-8 + 2.0**-12) * (np.abs(x) @ np.abs(weight))).all()
+    assert bool(re.search(r"dot_general.*xbf16>, .*xbf16>\) -> .*xf32>", text)) is (narrow and rows > 16)
+
+
+@pytest.mark.parametrize("around", [PRESET, "BF16_BF16_F32_X3", "highest"])
+@pytest.mark.parametrize("rows", [1, 3, 80])
+@pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
+@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int4], ids=str)
+def test_the_precision_of_floats_is_none_of_codes(format, turn, rows, around):
+    """Law: whole numbers are multiplied exactly, and XLA is not asked for them at a precision that only floats have."""
+    x, q = normal((rows, 64)), turn(jq.quantize(normal((64, 192), 1), format))
+    forward = jax.jit(jq.quantized(lambda q, x: x @ q, outliers=1))
+    with jax.default_matmul_precision(around):
+        found = forward(q, x)
+    assert np.abs(found - forward(q, x)).max() <= 2.0**-20 * np.abs(found).max()
 
 
 # The axes of the activations, of the weight and of the result.

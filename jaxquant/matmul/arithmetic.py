@@ -12,28 +12,18 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
+from jaxtyping import Array, Float, Int, Int8, Shaped
 
-from jaxquant.encode import Axes, quantize
-from jaxquant.finite import are_finite
 from jaxquant.format import Format, int8
 from jaxquant.matmul.integers import LONGEST, batched_dot, integer_dot
+from jaxquant.matmul.tokens import Tokens, quantize_tokens, split_outliers
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import Kept, QTensor, centre, decode
 
 Product = Callable[..., Array]
-
-
-class Tokens(NamedTuple):
-    """Activations in codes: `x = (codes - zero) * scale`, a scale and a zero point for each token."""
-
-    codes: Int8[Array, "*rows K"]
-    scale: Float[Array, "*ones"]
-    zero: Float[Array, "*ones"] | None
 
 
 def integer(
@@ -130,32 +120,6 @@ def scale_comes_after(q: QTensor) -> bool:
     return q.is_integer and q.scale.shape[1] == 1
 
 
-def quantize_tokens(
-    x: Float[Array, "..."], activations: Format, axis: Axes = -1, bound: Float[Array, "..."] | None = None
-) -> Tokens:
-    """Quantizes activations along `axis`; NaN is the scale of a token that has a NaN or an infinity.
-
-    A `bound` found beforehand, which broadcasts against `x`, makes them saturate there, and needs no zero point.
-    """
-    finite = are_finite(x, axis)
-    if bound is not None:
-        scale = jnp.where(bound > 0, bound, 1) / activations.qmax
-        codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -activations.qmax, activations.qmax)
-        return Tokens(codes.astype(jnp.int8), jnp.where(finite, scale, jnp.nan), None)
-    q = quantize(x, activations, axis=axis)
-    zero = None if q.zero is None else q.zero.astype(jnp.float32)
-    return Tokens(q.codes.astype(jnp.int8), jnp.where(finite, q.scale, jnp.nan), zero)
-
-
-def say(x: Float[Array, "B M K"], q: QTensor, activations: Format, outliers: int) -> Float[Array, "B M K"]:
-    """What the codes of activations say: the numbers that `integer` multiplies, as floats."""
-    rest, largest = split_outliers(x, min(outliers, x.shape[-1]))
-    tokens = quantize_tokens(rest, activations, bound=q.input_bound)
-    centred = tokens.codes.astype(jnp.float32)
-    said = tokens.scale * (centred if tokens.zero is None else centred - tokens.zero)
-    return functools.reduce(lambda y, one: jnp.where(_is_at(one[0], y.shape[-1]), y + one[1], y), largest, said)
-
-
 def split_kept(x: Float[Array, "B M K"], kept: Kept | None) -> tuple[Array, Float[Array, "B M N"] | None]:
     """The activations without the inputs whose weights are kept in float, and the product of those."""
     if kept is None:
@@ -164,25 +128,6 @@ def split_kept(x: Float[Array, "B M K"], kept: Kept | None) -> tuple[Array, Floa
     taken = jnp.where(mask, x, 0.0).reshape(*x.shape[:2], blocks, x.shape[2] // blocks).sum(-1)
     rows = jnp.broadcast_to(kept.rows, (x.shape[0], *kept.rows.shape[1:]))
     return jnp.where(mask, 0.0, x), batched_dot(taken[:, None], rows[:, None], jnp.float32)[:, 0]
-
-
-def split_outliers(x: Float[Array, "B M K"], count: int) -> tuple[Array, list[tuple[Array, Array]]]:
-    """The activations without the `count` largest of each token, and those: index `[B, M]` and value `[B, M, 1]`.
-
-    A few inputs hundreds of times the others are what int8 activations of language models suffer from
-    (Dettmers et al., LLM.int8(), arXiv:2208.07339); without them the scale of the rest is several times finer.
-    """
-    rest, largest = x.astype(jnp.float32), []
-    for _ in range(count):
-        index = jnp.argmax(jnp.abs(rest), axis=-1)
-        value = jnp.sum(jnp.where(_is_at(index, rest.shape[-1]), rest, 0.0), axis=-1, keepdims=True)
-        largest.append((index, value))
-        rest = jnp.where(_is_at(index, rest.shape[-1]), 0.0, rest)
-    return rest, largest
-
-
-def _is_at(index: Int[Array, "B M"], inputs: int) -> Bool[Array, "B M K"]:
-    return jnp.arange(inputs)[None, None] == index[..., None]
 
 
 def _weight_rows(q: QTensor, index: Int[Array, "B M"], inputs_last: bool) -> Float[Array, "B M N"]:

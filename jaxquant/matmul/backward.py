@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Key
 
 from jaxquant.finite import are_finite
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import quantize_tokens
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import Dot
 from jaxquant.matmul.integers import LONGEST
+from jaxquant.matmul.tokens import quantize_tokens
 from jaxquant.noise import round_at_random
 from jaxquant.qtensor import QTensor
 
@@ -116,6 +116,7 @@ def _rounded(x: Float[Array, "B M K"], format: Format, axis: int, key: Key[Array
 def _integer_dot(left: Codes, right: Codes, axis: int) -> Float[Array, "B R C"]:
     """The product of codes along an axis that both have, times their scales."""
     (a, scale_a), (b, scale_b) = left, right
-    out = jax.lax.dot_general(a, b, (((axis,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.int32)
+    numbers, precision = (((axis,), (axis,)), ((0,), (0,))), jax.lax.Precision.DEFAULT
+    out = jax.lax.dot_general(a, b, numbers, precision, preferred_element_type=jnp.int32)
     rows, columns = scale_a.reshape(len(scale_a), -1, 1), scale_b.reshape(len(scale_b), 1, -1)
     return out.astype(jnp.float32) * rows * columns

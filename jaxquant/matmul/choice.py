@@ -21,13 +21,13 @@ from jaxquant.matmul.arithmetic import (
     integer,
     of_bfloats,
     of_tokens,
-    say,
 )
 from jaxquant.matmul.blocks import by_inputs, by_outputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
+from jaxquant.matmul.tokens import say
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
 
@@ -90,15 +90,15 @@ def choose(
     gpu = None if inputs_last or in_double else gpu_dot_floats
     lines = None if in_double else by_lines(rows, q, inputs_last)
     wide = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else lines
-    halves = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
-    cpu = wide and functools.partial(in_own_width, wide=wide, narrow=halves)
+    narrow = lines if multiplies_bfloats() else None
+    cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow if rows > _FEW_HALVES else None)
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
         return _of_floats(rows, q, inputs_last, exact, gpu, cpu)
-    return _of_codes(rows, q, inputs_last, cpu, lines, activations, outliers)
+    return _of_codes(rows, q, inputs_last, cpu, narrow, activations, outliers)
 
 
 def _of_floats(rows: int, q: QTensor, inputs_last: bool, exact: bool, gpu: Run | None, cpu: Run | None) -> Formulation:
@@ -115,7 +115,7 @@ def _of_floats(rows: int, q: QTensor, inputs_last: bool, exact: bool, gpu: Run |
 
 
 def _of_codes(
-    rows: int, q: QTensor, inputs_last: bool, cpu: Run | None, lines: Run | None, activations: Format, outliers: int
+    rows: int, q: QTensor, inputs_last: bool, cpu: Run | None, narrow: Run | None, activations: Format, outliers: int
 ) -> Formulation:
     """Activations in codes; what a CPU does with decoded weights is known."""
     groups, inputs = q.scale.shape[1], q.shape[1]
@@ -134,13 +134,11 @@ def _of_codes(
     if inputs_last and 0 < rows <= _FEW_CODES and in_pieces(q):
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
-    narrow = None
-    if lines and multiplies_bfloats():
-        narrow = functools.partial(in_codes, product=functools.partial(of_bfloats, product=lines))
-    if narrow and groups == 1 and rows > _FEW_BFLOATS:
-        return Formulation(INTEGER, run=run, gpu=gpu, cpu=narrow)
+    in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))
+    if in_bfloats and groups == 1 and rows > _FEW_BFLOATS:
+        return Formulation(INTEGER, run=run, gpu=gpu, cpu=in_bfloats)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
-    of_decoded = narrow if narrow and rows > _FEW_HALVES and q.dtype == jnp.bfloat16 else of_said
+    of_decoded = in_bfloats if in_bfloats and rows > _FEW_HALVES and q.dtype == jnp.bfloat16 else of_said
     if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
         # The same sums, of the same codes, without an array of bytes in between.
         return Formulation(INTEGER, run=run, cpu=of_said)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import quantize_tokens
 from jaxquant.matmul.choice import FLOAT, INTEGER, WEIGHT_ONLY
 from jaxquant.matmul.integers import LONGEST
+from jaxquant.matmul.tokens import quantize_tokens
 from jaxquant.qtensor import QTensor, decode
 
 

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant import inputs
-from jaxquant.errors import FormatError
 from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import split_kept
 from jaxquant.matmul.batches import of_batches
-from jaxquant.matmul.choice import FLOAT, Formulation, choose
+from jaxquant.matmul.choice import FLOAT, WEIGHT_ONLY, Formulation, choose
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
 from jaxquant.trace.views import Bundle
@@ -32,6 +31,7 @@ class Dot:
       weight_first: whether the weight is the left operand.
       activations, outliers: the format of the activations or None, and how many of each token's stay in float.
       precision, dtype: as `jax.lax.dot_general` takes the precision and the result's dtype.
+      rounds: whether floats may be rounded to bfloat16 before they are multiplied.
       memory: the permutation that brings the weight's axes to the order they lie in memory.
     """
 
@@ -41,6 +41,7 @@ class Dot:
     activations: Format | None
     outliers: int
     precision: Any
+    rounds: bool
     dtype: Any
     memory: tuple[int, ...]
 
@@ -56,7 +57,9 @@ class Dot:
         """The product in the best arithmetic for the weight's format."""
         outputs = _rest(q.ndim, self.contracted[1], self.batch[1])
         place = len(self.batch[0]) + (len(outputs) if self.weight_first else 0)
-        return of_batches(self._forward, lambda: self._of_more().forward, place)(x, q)
+        # All it consists of in the precision of this product, not in that of the function around it.
+        with jax.default_matmul_precision("highest" if self._exact else "default"):
+            return of_batches(self._forward, lambda: self._of_more().forward, place)(x, q)
 
     def _of_more(self) -> "Dot":
         """The same product of activations that have one more axis, which comes first."""
@@ -64,10 +67,12 @@ class Dot:
         return dataclasses.replace(self, contracted=contracted, batch=batch)
 
     def _forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
+        q = q.astype(jnp.bfloat16) if self.rounds else q
         weight = self.matrices(q)
         if weight is None:
             return self.reference(x, q)
         formulation = self._choose(x.shape, weight)
+        x = x.astype(jnp.bfloat16) if self.rounds and formulation.arithmetic == WEIGHT_ONLY else x
         forms = {"cuda": formulation.gpu, "cpu": formulation.cpu}
         multiply = {
             platform: functools.partial(self._multiply, Formulation("", run=form))
@@ -117,9 +122,13 @@ class Dot:
     def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
         rows = _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
         inputs_last = bool(self.memory) and self.memory[-1] in self.contracted[1]
-        precisions = self.precision if isinstance(self.precision, tuple) else (self.precision,)
-        exact = jax.lax.Precision.HIGHEST in precisions
-        return choose(rows, weight, inputs_last, self.activations, self.outliers, exact)
+        return choose(rows, weight, inputs_last, self.activations, self.outliers, self._exact)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether more is asked for than the precision that is fast."""
+        default = jax.lax.Precision.DEFAULT
+        return self.precision not in (None, default, (default, default))
 
     def tokens(self, x: Array) -> Float[Array, "B M K"]:
         """The activations as rows of a batch of matrices."""
@@ -199,7 +208,10 @@ def make_dot(
     # The order of a sum does not matter, and groups and blocks only stay together in that of the weight.
     pairs = sorted(zip(*contracted, strict=True), key=lambda pair: pair[1])
     contracted = (tuple(x for x, _ in pairs), tuple(w for _, w in pairs))
-    return Dot(contracted, batch, weight_first, *activations, precision, jnp.dtype(dtype), memory)
+    # XLA on CPU cannot run every product that names this algorithm, and needs no name for what it does anyway.
+    rounds = precision == jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+    precision = jax.lax.Precision.DEFAULT if rounds else precision
+    return Dot(contracted, batch, weight_first, *activations, precision, rounds, jnp.dtype(dtype), memory)
 
 
 def as_it_lies(
@@ -227,18 +239,3 @@ def as_it_lies(
         pair[side] = [memory.index(axis) for axis in pair[side]]
     contracted, batch = ((tuple(left), tuple(right)) for left, right in moved)
     return views.transpose(weight, memory), (contracted, batch), natural
-
-
-def check_activations(activations: Format | None, outliers: int) -> None:
-    """Raises for a format or a number of outliers that activations cannot have."""
-    if type(outliers) is not int or outliers < 0:
-        raise FormatError(f"outliers={outliers!r}: how many of a token's activations stay in float, 0 or more.")
-    if activations is None:
-        return
-    if not isinstance(activations, Format):
-        raise FormatError(f"activations={activations!r}: give a format, such as jq.int8, or None.")
-    if not activations.is_integer or activations.group is not None or not activations.per_channel:
-        raise FormatError(
-            f"activations={activations}: activations are quantized to integers per token (jq.int8, "
-            "jq.int8(symmetric=False), jq.int4, ...), or kept in floating point with activations=None."
-        )

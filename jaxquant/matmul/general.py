@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from jaxquant.encode import quantize
 from jaxquant.format import Format, int8
 from jaxquant.matmul.derivative import apply
-from jaxquant.matmul.dot import DimensionNumbers, as_it_lies, check_activations, make_dot
+from jaxquant.matmul.dot import DimensionNumbers, as_it_lies, make_dot
+from jaxquant.matmul.tokens import check_activations
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.turned import Turned, is_in_codes, is_turned, swapped, upright
 
@@ -54,7 +55,9 @@ def dot_general(
         return jax.lax.dot_general(left, right, dimension_numbers, precision, preferred_element_type, **options)
     x, weight = (right, left) if first else (left, right)
     shapes = [jax.ShapeDtypeStruct(side.shape, side.dtype) for side in sides]
-    jax.eval_shape(lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, dimension_numbers), *shapes)  # for JAX's errors
+    # For JAX's errors, and for what it makes of the precision.
+    plain = jax.make_jaxpr(lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, dimension_numbers, precision))(*shapes)
+    precision = plain.eqns[-1].params["precision"]
     memory = swapped(weight.ndim) if is_turned(weight) else tuple(range(weight.ndim))
     q, numbers, memory = as_it_lies(upright(weight).settled, memory, dimension_numbers, first)
     dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)

@@ -23,10 +23,10 @@ from jaxtyping import Array, Bool, Float, Int16, Int32
 
 from jaxquant.encode import positive
 from jaxquant.finite import are_finite
-from jaxquant.matmul.arithmetic import Tokens
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.matmul.integers import LONGEST
 from jaxquant.matmul.lines import Lines, block_of, lines_of, never_after
+from jaxquant.matmul.tokens import Tokens
 from jaxquant.packed import places_of, unpacked
 from jaxquant.qtensor import QTensor, centre
 from jaxquant.trace.views import expand

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.format import Format
-from jaxquant.matmul.arithmetic import quantize_tokens
 from jaxquant.matmul.choice import FLOAT, INTEGER, WEIGHT_ONLY
 from jaxquant.matmul.integers import LONGEST
+from jaxquant.matmul.tokens import quantize_tokens
 from jaxquant.qtensor import QTensor, decode
 
 
@@ -49,7 +49,8 @@ class Ragged:
         fixed = None if q.input_bound is None else _of_expert(q.input_bound, expert)
         tokens = quantize_tokens(x, self.activations, bound=fixed)
         weights = q.codes.astype(jnp.int8)
-        sums = jax.lax.ragged_dot(tokens.codes, weights, sizes, preferred_element_type=jnp.int32)
+        precision = jax.lax.Precision.DEFAULT
+        sums = jax.lax.ragged_dot(tokens.codes, weights, sizes, precision, preferred_element_type=jnp.int32)
         columns = jnp.sum(weights, axis=1, dtype=jnp.int32, keepdims=True)
         if q.zero is not None:
             zero = q.zero.astype(jnp.int32)

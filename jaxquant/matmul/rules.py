@@ -14,10 +14,11 @@ from jaxquant.matmul.backward import Backward, apply_with
 from jaxquant.matmul.choice import FLOAT, INTEGER
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
-from jaxquant.matmul.dot import as_it_lies, check_activations, make_dot
+from jaxquant.matmul.dot import as_it_lies, make_dot
 from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis, without_idle
 from jaxquant.matmul.low_rank import correction
 from jaxquant.matmul.ragged import Ragged, is_plain
+from jaxquant.matmul.tokens import check_activations
 from jaxquant.qtensor import decode, is_qtensor
 from jaxquant.trace import Param, Rules
 
