@@ -4,7 +4,8 @@ python benchmarks/matmul.py
 python benchmarks/matmul.py --shapes 1024x4096,576x1536 --rows 1,8 --runs 5
 
 W4A8 g64 is 4-bit weights in groups of 64 and int8 activations, W4 the same with float activations and a scale for each
-output; with bf16, weights and activations come in bfloat16. A time is that of one of some matmuls in a program, by
+output; with bf16, weights and activations come in bfloat16, and with BF16_BF16_F32 in float32, which that precision of
+JAX allows to be rounded. A time is that of one of some matmuls in a program, by
 weights that no cache holds (`chains.py`). Other libraries take part where they are installed
 (`pip install -r benchmarks/requirements.txt`), on as many threads as JAX.
 """
@@ -39,6 +40,8 @@ CASES = {
 }
 TURNED = ("W8A8", "W8", "W4A8 g64", "W4 g64", "NF4 g64")
 HALVES = ("W8A8", "W8", "W4A8 g64", "W4 g64")
+ROUNDED = ("W8", "W4A8 g64", "W4 g64", "NF4 g64")
+ROUNDING = "BF16_BF16_F32"
 RUNS, SECONDS = 15, 6.0
 
 
@@ -52,13 +55,22 @@ def summed_in_float32(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
+def rounded(x: jax.Array, w: Any) -> jax.Array:
+    """The same of floats that may be rounded to bfloat16 before they are multiplied."""
+    return jnp.matmul(x, w, precision=ROUNDING)
+
+
 def in_floats(dtype: Any) -> Contender:
     """A contender with weights and activations of a float dtype."""
     return Contender(lambda w: w.astype(dtype), multiply, take=lambda x: x.astype(dtype))
 
 
 def in_codes(
-    format: jq.Format, activations: jq.Format | None, order: Callable[[Any], Any], dtype: Any = jnp.float32
+    format: jq.Format,
+    activations: jq.Format | None,
+    order: Callable[[Any], Any],
+    dtype: Any = jnp.float32,
+    multiply: Callable[[jax.Array, Any], jax.Array] = multiply,
 ) -> Contender:
     """A contender of ours, the order in memory that its weights are stored in, and the dtype it quantizes."""
     run = jq.quantized(multiply, activations=activations)
@@ -66,14 +78,21 @@ def in_codes(
 
 
 def contenders() -> dict[str, Contender]:
-    """Float32, bfloat16 in both ways that XLA multiplies it, and every case."""
+    """Float32 at both precisions, bfloat16 in both ways that XLA multiplies it, and every case."""
     half = in_floats(jnp.bfloat16)
     wide = half._replace(multiply=summed_in_float32)
-    floats = {"float32": in_floats(jnp.float32), "bf16": half, "bf16 by float32": wide}
+    full = in_floats(jnp.float32)
+    floats = {
+        "float32": full,
+        f"float32, {ROUNDING}": full._replace(multiply=rounded),
+        "bf16": half,
+        "bf16 by float32": wide,
+    }
     ours = {name: in_codes(*case, lambda q: q) for name, case in CASES.items()}
     turned = {f"{name} turned": in_codes(*CASES[name], jq.turned) for name in TURNED}
     halves = {f"{name} turned, bf16": in_codes(*CASES[name], jq.turned, jnp.bfloat16) for name in HALVES}
-    return floats | ours | turned | halves
+    rounding = {f"{name} turned, {ROUNDING}": in_codes(*CASES[name], jq.turned, multiply=rounded) for name in ROUNDED}
+    return floats | ours | turned | halves | rounding
 
 
 def fits(name: str, inputs: int) -> bool:

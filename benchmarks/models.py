@@ -47,6 +47,7 @@ CASES = {
 }
 # Rounding adds up over eight matmuls.
 MLP_BOUNDS = measure.BOUNDS | {"W4": 0.5}
+ROUNDING = "BF16_BF16_F32"
 PROMPT, STEPS = 494, 64
 # Of the last token's logits, which have a mean of their own to be taken away first.
 LOGIT_BOUNDS = {"float32": 1e-3, "bf16": 0.1, "W8": 0.3, "W4": 0.8, "Q8_0": 0.1, "Q4_1": 0.1, "Q4_0": 0.6}
@@ -67,6 +68,7 @@ def mlp(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """The MLP at every number of rows."""
     model, key = MLP(), jax.random.key(0)
     params = model.init(key, jnp.ones((1, WIDTH)))
+    int8 = jq.turned(jq.quantize_params(params, jq.int8))
     models = {
         "float32": (model.apply, params),
         "bf16": (lambda params, x: model.apply(params, x.astype(jnp.bfloat16)), half(params)),
@@ -74,7 +76,8 @@ def mlp(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
             name: (jq.quantized(model.apply, activations=activations), jq.quantize_params(params, format))
             for name, (format, activations) in CASES.items()
         },
-        "W8A8 turned": (jq.quantized(model.apply), jq.turned(jq.quantize_params(params, jq.int8))),
+        "W8A8 turned": (jq.quantized(model.apply), int8),
+        f"W8 turned, {ROUNDING}": (rounding(jq.quantized(model.apply, activations=None)), int8),
         **peers.present({"Qwix": peers.qwix_models}, console, model, params, jnp.ones((1, WIDTH))),
     }
     compiled = {name: functools.partial(jax.jit(apply), params) for name, (apply, params) in models.items()}
@@ -87,6 +90,17 @@ def mlp(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     console.print(measure.table(f"{BLOCKS} x ({WIDTH} -> {HIDDEN} -> {WIDTH})", records))
     measure.print_against_others(records, console)
     return records
+
+
+def rounding(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose products of floats may round them to bfloat16 first."""
+
+    @functools.wraps(apply)
+    def run(*args: Any) -> Any:
+        with jax.default_matmul_precision(ROUNDING):
+            return apply(*args)
+
+    return run
 
 
 def half(params: Any) -> Any:
@@ -138,7 +152,7 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
         return one, lambda: logits(params, prompt)
 
     apply, in_half = Llama(config, last=True).apply, functools.partial(LayerCache.empty, dtype=jnp.bfloat16)
-    int8 = jq.quantize_params(params, jq.int8)
+    weight_only, int8 = jq.quantized(apply, activations=None), jq.quantize_params(params, jq.int8)
     # The head stays in int8, as it does in the file that llama.cpp reads.
     int4 = jq.quantize_params(jq.quantize_params(params, jq.int4(group=64), where=is_kernel), jq.int8, where=is_table)
     kinds = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0)
@@ -152,8 +166,12 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
             jq.quantized(apply), jq.turned(jq.quantize_params(half(params), jq.int8)), in_half
         ),
         "W8A8 turned, affine, one outlier": contender(jq.quantized(apply, **ARITHMETIC), jq.turned(int8)),
+        "W8 turned": contender(weight_only, jq.turned(int8)),
+        f"W8 turned, {ROUNDING}": contender(rounding(weight_only), jq.turned(int8)),
         "W4A8 g64 turned, head W8A8": contender(jq.quantized(apply), jq.turned(int4)),
-        "W4 g64 turned, head W8": contender(jq.quantized(apply, activations=None), jq.turned(int4)),
+        f"W4A8 g64 turned, head W8A8, {ROUNDING}": contender(rounding(jq.quantized(apply)), jq.turned(int4)),
+        "W4 g64 turned, head W8": contender(weight_only, jq.turned(int4)),
+        f"W4 g64 turned, head W8, {ROUNDING}": contender(rounding(weight_only), jq.turned(int4)),
         **peers.present({"llama.cpp": peers.llama_cpp_models}, console, files, tokens, STEPS),
     }
     with console.status("Checking every contender's logits"):
