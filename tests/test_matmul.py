@@ -731,8 +731,9 @@ def test_a_cpu_is_asked_for_its_instructions(told, expected, monkeypatch):
     assert multiplies_bfloats.__wrapped__() is expected
 
 
-@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("rows", [3, 200])
+@pytest.mark.parametrize(
+    "rows, narrow", [(3, False), (200, False), (200, True)], ids=["few", "in float32", "in bfloat16"]
+)
 @pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
 @pytest.mark.parametrize("activations", [None, jq.int8], ids=["float", "int8"])
 @pytest.mark.parametrize("format", [jq.int8(symmetric=False), jq.int2(group=32, symmetric=False), jq.fp8], ids=str)

@@ -98,8 +98,7 @@ def by_lines(rows: int, q: QTensor, inputs_last: bool) -> Callable[..., Array] |
     count = next((count for count in fit if 4 * inputs * outputs <= _CACHE * count), max(fit, default=None))
     if not whole or count is None or not is_alone(q):
         return None
-    product = functools.partial(_of_lines, many=many) if inputs_last else _of_columns
-    return functools.partial(_by_lines, product=product, count=count, columns=not inputs_last, many=many)
+    return functools.partial(_by_lines, count=count, columns=not inputs_last, many=many)
 
 
 def _by_lines(
@@ -107,17 +106,17 @@ def _by_lines(
     q: QTensor,
     scale: Float[Array, "1 M 1"] | None = None,
     *,
-    product: Callable[..., Array],
     count: int,
     columns: bool,
     many: bool,
 ) -> Float[Array, "1 M N"]:
+    of_block = _of_columns if columns else functools.partial(_of_lines, many=many)
     lines, rows = lines_of(q, columns), x[0]
     outs, before = [], rows
     for number in range(count):
         # After the block before it, which leaves its place in memory to this one.
         block = block_of(lines, number, count, never_after(before), columns)
-        before = product(rows, block, q)
+        before = of_block(rows, block, q)
         outs.append(_completed(before, rows, block, q, scale, columns, many))
     return (jnp.concatenate(outs, axis=1) if many else jnp.concatenate(outs).T)[None]
 
