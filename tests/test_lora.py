@@ -185,6 +185,15 @@ def test_double_quantized_leaves_come_back_as_they_went_in():
     assert jq.quantized(lambda params: params)(adapted)["w"] is adapted["w"]
 
 
+def test_a_correction_has_the_precision_of_its_product():
+    """Law: at the highest precision none of the three products beside a float base is at a lower one."""
+    fn = jq.quantized(lambda params, x: jnp.dot(x, params["w"], precision="highest"))
+    adapted = jq.add_lora({"w": weight(16, 8)}, 2, key=jax.random.key(0))
+    found = jax.make_jaxpr(fn)(adapted, normal(3, 16)).eqns
+    dots = [eqn.params["precision"] for eqn in found if eqn.primitive.name == "dot_general"]
+    assert dots == [(jax.lax.Precision.HIGHEST,) * 2] * 3
+
+
 def test_explain_tells_of_adapters():
     found = jq.explain(mlp, stirred(tree(jq.int8)), normal(3, WIDTH))
     kinds = {meeting.path: meeting.arithmetic for meeting in found.meetings if meeting.operation == "dot_general"}

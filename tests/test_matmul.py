@@ -696,8 +696,8 @@ def test_in_lines_it_is_the_same_product(format, rows, inputs_last, dtype):
 @pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False)], ids=["symmetric", "affine"])
 @pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int4], ids=str)
 def test_codes_as_bfloat16_are_multiplied_exactly(format, activations, turn, monkeypatch):
-    """Law: where a CPU multiplies bfloat16 fastest, many rows of codes give what they give as int8."""
-    x, q = normal((80, 64), 1), turn(jq.quantize(normal((64, 192), 2), format))
+    """Law: where a CPU multiplies bfloat16 fastest, many products of codes give what they give as int8."""
+    x, q = normal((200, 512), 1), turn(jq.quantize(normal((512, 1024), 2), format))
 
     def found(narrow):
         monkeypatch.setattr(choice, "multiplies_bfloats", lambda: narrow)

@@ -44,9 +44,11 @@ _FEW_ROWS = 4
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, and of floats, sums in pieces are faster than XLA's library.
 _FEW_CODES, _FEW_FLOATS = 2, 1
-# Up to this many rows codes are multiplied as int8, and decoded weights as float32. Beyond it is bfloat16, where a CPU
-# has instructions for that and nothing is lost.
-_FEW_BFLOATS, _FEW_HALVES = 64, 16
+# Up to this many rows decoded weights are multiplied as float32, and codes as int8; codes also up to this many
+# multiplications, as they come and turned. Beyond it is bfloat16, where a CPU has instructions for that and nothing is
+# lost.
+_FEW_HALVES, _FEW_BFLOATS = 16, 48
+_FEW_PRODUCTS, _FEW_TURNED = 100_000_000, 50_000_000
 # From this many rows on it pays to put the results of decoded columns together outside of a loop.
 _MANY_COLUMNS = 192
 
@@ -90,8 +92,8 @@ def choose(
     gpu = None if inputs_last or in_double else gpu_dot_floats
     lines = None if in_double else by_lines(rows, q, inputs_last)
     wide = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else lines
-    narrow = lines if multiplies_bfloats() else None
-    cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow if rows > _FEW_HALVES else None)
+    narrow = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
+    cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow)
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
@@ -135,10 +137,11 @@ def _of_codes(
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))
-    if in_bfloats and groups == 1 and rows > _FEW_BFLOATS:
+    few = rows <= _FEW_BFLOATS or rows * inputs * q.shape[2] <= (_FEW_TURNED if inputs_last else _FEW_PRODUCTS)
+    if in_bfloats and groups == 1 and not few:
         return Formulation(INTEGER, run=run, gpu=gpu, cpu=in_bfloats)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
-    of_decoded = in_bfloats if in_bfloats and rows > _FEW_HALVES and q.dtype == jnp.bfloat16 else of_said
+    of_decoded = in_bfloats if in_bfloats and q.dtype == jnp.bfloat16 else of_said
     if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
         # The same sums, of the same codes, without an array of bytes in between.
         return Formulation(INTEGER, run=run, cpu=of_said)

@@ -19,6 +19,9 @@ from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
 from jaxquant.trace.views import Bundle
 
+# Floats may be rounded to bfloat16 before they are multiplied; sums are float32.
+_ROUNDING = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
@@ -72,10 +75,9 @@ class Dot:
         if weight is None:
             return self.reference(x, q)
         formulation = self._choose(x.shape, weight)
-        x = x.astype(jnp.bfloat16) if self.rounds and formulation.arithmetic == WEIGHT_ONLY else x
         forms = {"cuda": formulation.gpu, "cpu": formulation.cpu}
         multiply = {
-            platform: functools.partial(self._multiply, Formulation("", run=form))
+            platform: functools.partial(self._multiply, Formulation(formulation.arithmetic, run=form))
             for platform, form in forms.items()
             if form is not None
         }
@@ -89,6 +91,7 @@ class Dot:
             return self.reference(x, q)
         plain = not weight.transform and weight.kept is None
         tokens, beside = (self.tokens(x), None) if plain else self._transformed(x, weight)
+        tokens = tokens.astype(jnp.bfloat16) if self.rounds and formulation.arithmetic == WEIGHT_ONLY else tokens
         if formulation.run is not None:
             out = self.assembled(formulation.run(tokens, weight.core), x.shape, q.shape)
         else:
@@ -208,10 +211,13 @@ def make_dot(
     # The order of a sum does not matter, and groups and blocks only stay together in that of the weight.
     pairs = sorted(zip(*contracted, strict=True), key=lambda pair: pair[1])
     contracted = (tuple(x for x, _ in pairs), tuple(w for _, w in pairs))
-    # XLA on CPU cannot run every product that names this algorithm, and needs no name for what it does anyway.
-    rounds = precision == jax.lax.DotAlgorithmPreset.BF16_BF16_F32
-    precision = jax.lax.Precision.DEFAULT if rounds else precision
-    return Dot(contracted, batch, weight_first, *activations, precision, rounds, jnp.dtype(dtype), memory)
+    rounds = precision == _ROUNDING
+    return Dot(contracted, batch, weight_first, *activations, told(precision), rounds, jnp.dtype(dtype), memory)
+
+
+def told(precision: Any) -> Any:
+    """The precision that XLA is told: on a CPU it cannot run every product that names an algorithm it does not need."""
+    return jax.lax.Precision.DEFAULT if precision == _ROUNDING else precision
 
 
 def as_it_lies(

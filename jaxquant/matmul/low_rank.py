@@ -1,17 +1,18 @@
 """The low-rank correction of a matmul: `x @ (sum_r a[r] * b[r])` as two thin matmuls, in any dimension numbers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.adapter import Sides
-from jaxquant.matmul.dot import DimensionNumbers
+from jaxquant.matmul.dot import DimensionNumbers, told
 
 
 def correction(
-    x: Float[Array, "..."], sides: Sides, numbers: DimensionNumbers, weight_first: bool
+    x: Float[Array, "..."], sides: Sides, numbers: DimensionNumbers, weight_first: bool, precision: Any
 ) -> Float[Array, "..."] | None:
     """What `dot_general` of the correction alone would give; None where a side spans inputs and outputs.
 
@@ -20,6 +21,7 @@ def correction(
       sides: the weight.
       numbers: those of `dot_general`, of its operands in their order.
       weight_first: whether the weight is the left operand.
+      precision: that of `dot_general`.
     """
     contracted, batch = ((pair[1], pair[0]) if weight_first else pair for pair in numbers)
     taken = {*contracted[1], *batch[1]}
@@ -33,12 +35,12 @@ def correction(
     along = tuple(range(len(stacks), len(stacks) + len(contracted[1])))
     first = _thin(down, (*batch[1], *contracted[1]))  # [*batch, *contracted, rank]
     inner = jax.lax.dot_general(
-        x.astype(first.dtype), first, ((contracted[0], along), (batch[0], stacks))
+        x.astype(first.dtype), first, ((contracted[0], along), (batch[0], stacks)), told(precision)
     )  # [*batch, *rest, rank]
     outer = _thin(up, (*batch[1], *outputs))  # [*batch, *outputs, rank]
     left, right = (outer, inner) if weight_first else (inner, outer)
     ranks = ((left.ndim - 1,), (right.ndim - 1,))
-    return sides.scaling * jax.lax.dot_general(left, right, (ranks, (stacks, stacks)))
+    return sides.scaling * jax.lax.dot_general(left, right, (ranks, (stacks, stacks)), told(precision))
 
 
 def _is_flat(parts: Sequence[Array], axes: Sequence[int]) -> bool:

@@ -113,7 +113,7 @@ def _adapted_dot(param: Param, x, first: bool, params: Mapping[str, Any], result
     sides = param.value
     if isinstance(x, Param) or not jnp.issubdtype(x.dtype, jnp.floating) or params.get("out_sharding") is not None:
         return None
-    beside = correction(x, sides, params["dimension_numbers"], first)
+    beside = correction(x, sides, params["dimension_numbers"], first, params["precision"])
     if beside is None:
         return None
     if is_qtensor(sides.base):
