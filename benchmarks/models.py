@@ -6,8 +6,8 @@ python benchmarks/models.py smollm2 --runs 3
 
 The MLP is 4 x (1024 -> 4096 -> 1024) in Flax, and Qwix quantizes the same module. SmolLM2 reads 494 tokens of
 documentation at once, for the logits of the last, and then decodes 64 one after the other in a loop on the device, as
-`examples/smollm2.py` does; llama.cpp does the same with the file those weights are from, and with that file's weights
-written as Q8_0 and Q4_0, on as many threads.
+`examples/smollm2.py` does. Qwix quantizes the blocks of that model; llama.cpp does the same with the file those weights
+are from, and with that file's weights written as Q8_0 and Q4_0, on as many threads.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def mlp(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
         },
         "W8A8 turned": (jq.quantized(model.apply), int8),
         f"W8 turned, {ROUNDING}": (rounding(jq.quantized(model.apply, activations=None)), int8),
-        **peers.present({"Qwix": peers.qwix_models}, console, model, params, jnp.ones((1, WIDTH))),
+        **peers.present({"Qwix": peers.qwix_models}, console, model, params, jnp.ones((1, WIDTH)), 128),
     }
     compiled = {name: functools.partial(jax.jit(apply), params) for name, (apply, params) in models.items()}
     records = []
@@ -151,12 +151,15 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
 
         return one, lambda: logits(params, prompt)
 
-    apply, in_half = Llama(config, last=True).apply, functools.partial(LayerCache.empty, dtype=jnp.bfloat16)
+    model, in_half = Llama(config, last=True), functools.partial(LayerCache.empty, dtype=jnp.bfloat16)
+    apply = model.apply
     weight_only, int8 = jq.quantized(apply, activations=None), jq.quantize_params(params, jq.int8)
     # The head stays in int8, as it does in the file that llama.cpp reads.
     int4 = jq.quantize_params(jq.quantize_params(params, jq.int4(group=64), where=is_kernel), jq.int8, where=is_table)
     kinds = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0)
     files = {"Q4_1": path} | {kind.name: requantized(path, kind) for kind in kinds}
+    # Its embedding, which is the head too, Qwix cannot quantize in Flax.
+    of_qwix = peers.present({"Qwix": peers.qwix_models}, console, model, params, prompt, 64, "block_.*")
     runners = {
         "float32": contender(apply, params),
         "bf16": contender(apply, half(params), in_half),
@@ -172,6 +175,7 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
         f"W4A8 g64 turned, head W8A8, {ROUNDING}": contender(rounding(jq.quantized(apply)), jq.turned(int4)),
         "W4 g64 turned, head W8": contender(weight_only, jq.turned(int4)),
         f"W4 g64 turned, head W8, {ROUNDING}": contender(rounding(weight_only), jq.turned(int4)),
+        **{name: contender(*quantized) for name, quantized in of_qwix.items()},
         **peers.present({"llama.cpp": peers.llama_cpp_models}, console, files, tokens, STEPS),
     }
     with console.status("Checking every contender's logits"):

@@ -143,19 +143,28 @@ def torch_matmuls() -> dict[str, Contender]:
 MATMULS = {"Qwix": qwix_matmuls, "AQT": aqt_matmuls, "torch": torch_matmuls}
 
 
-def qwix_models(model: nn.Module, params: Any, x: jax.Array) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """A Flax model as Qwix quantizes it: functions to compile, and their parameters in codes."""
+def qwix_models(
+    model: nn.Module, params: Any, x: jax.Array, group: int, modules: str = ".*"
+) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """A Flax model as Qwix quantizes it: functions to compile, and their parameters in codes.
+
+    Args:
+      model, params, x: the model, its parameters and an argument.
+      group: how many 4-bit weights share a scale.
+      modules: the paths of those it quantizes, as a regular expression.
+    """
     import qwix
 
     def contender(**rule: Any) -> tuple[Callable[..., Any], Any]:
-        quantized = qwix.quantize_model(model, qwix.PtqProvider([qwix.QuantizationRule(**rule)]))
+        rules = [qwix.QuantizationRule(module_path=modules, **rule)]
+        quantized = qwix.quantize_model(model, qwix.PtqProvider(rules))
         shapes = jax.eval_shape(quantized.init, jax.random.key(0), x)
         return quantized.apply, {"params": qwix.quantize_params(params["params"], shapes["params"])}
 
     return {
         "W8A8 (Qwix)": contender(weight_qtype=jnp.int8, act_qtype=jnp.int8),
         "W8 (Qwix)": contender(weight_qtype=jnp.int8),
-        "W4 g128 (Qwix)": contender(weight_qtype=jnp.int4, tile_size=128),
+        f"W4 g{group} (Qwix)": contender(weight_qtype=jnp.int4, tile_size=group),
     }
 
 
