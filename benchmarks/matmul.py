@@ -4,8 +4,8 @@ python benchmarks/matmul.py
 python benchmarks/matmul.py --shapes 1024x4096,576x1536 --rows 1,8 --runs 5
 
 W4A8 g64 is 4-bit weights in groups of 64 and int8 activations, W4 the same with float activations and a scale for each
-output; with bf16, weights and activations come in bfloat16, and with BF16_BF16_F32 in float32, which that precision of
-JAX allows to be rounded. A time is that of one of some matmuls in a program, by weights that no cache holds
+output; with bf16, weights and activations come in bfloat16, and with BF16_BF16_F32 in float32, and JAX is allowed to
+round them. A time is that of one of some matmuls in a program, by weights that no cache holds
 (`chains.py`). Other libraries take part where they are installed (`pip install -r benchmarks/requirements.txt`), on as
 many threads as JAX.
 """

@@ -158,7 +158,7 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
     int4 = jq.quantize_params(jq.quantize_params(params, jq.int4(group=64), where=is_kernel), jq.int8, where=is_table)
     kinds = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0)
     files = {"Q4_1": path} | {kind.name: requantized(path, kind) for kind in kinds}
-    # Its embedding, which is the head too, Qwix cannot quantize in Flax.
+    # Qwix cannot quantize its embedding, which is the head too, in Flax.
     of_qwix = peers.present({"Qwix": peers.qwix_models}, console, model, params, prompt, 64, "block_.*")
     runners = {
         "float32": contender(apply, params),

@@ -97,12 +97,17 @@ def test_a_weight_is_never_decoded(card, case, rows):
 
 
 @on_gpu
-@pytest.mark.parametrize(("precision", "family"), [(None, "tf32"), ("BF16_BF16_F32", "bf16"), ("highest", None)])
-def test_a_float32_model_is_multiplied_at_its_precision(precision, family):
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    ("precision", "family"),
+    [(None, "tf32"), ("TF32_TF32_F32", "tf32"), ("BF16_BF16_F32", "bf16"), ("highest", None)],
+)
+def test_a_float32_model_is_multiplied_at_its_precision(precision, family, devices):
     """The tensor cores have no float32, so the highest precision is without them."""
     forward = functools.partial(serve, functools.partial(product_at, precision), None)
     weight, x = shape(1024, 1024, dtype=jnp.float32), shape(64, 1024, dtype=jnp.float32)
-    program = jq.lower_for("h100", forward, jax.eval_shape(lambda w: jq.quantize(w, jq.int8), weight), x)
+    q, specs = jax.eval_shape(lambda w: jq.quantize(w, jq.int8), weight), (P(None, "model"), P())
+    program = jq.lower_for("h100", forward, q, x, devices=devices, **({} if devices == 1 else {"specs": specs}))
     assert any(family in name for name in program.tensor_cores) if family else not program.tensor_cores
 
 

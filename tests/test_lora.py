@@ -186,7 +186,7 @@ def test_double_quantized_leaves_come_back_as_they_went_in():
 
 
 def test_a_correction_has_the_precision_of_its_product():
-    """Law: at the highest precision none of the three products beside a float base is at a lower one."""
+    """Law: at the highest precision no product of a float base and its adapter is at a lower one."""
     fn = jq.quantized(lambda params, x: jnp.dot(x, params["w"], precision="highest"))
     adapted = jq.add_lora({"w": weight(16, 8)}, 2, key=jax.random.key(0))
     found = jax.make_jaxpr(fn)(adapted, normal(3, 16)).eqns

@@ -57,7 +57,7 @@ def test_every_form_is_the_product(format, rows, monkeypatch):
     """One row in a reduction, more in the kernel, and what does not fit its tiles: with floats and with codes."""
     monkeypatch.setattr(gpu, "triton_dot", functools.partial(triton_dot, interpret=True))
     q = exactly(jq.quantize(normal(*SHAPE), format))
-    coding, lines = Coding(q.codes.dtype, q.levels), jnp.asarray(lines_of(q))
+    coding, lines = Coding(q.codes.dtype, q.levels, jax.lax.Precision.DEFAULT), jnp.asarray(lines_of(q))
     for dtype in (np.float32, np.int8) if q.is_integer else (np.float32,):
         x = whole(rows, SHAPE[0], dtype)
         expected = np.asarray(x, np.float64) @ np.asarray(jq.dequantize(q), np.float64)
@@ -95,7 +95,7 @@ def test_float8_is_read_from_its_bits(dtype):
     every = np.arange(256, dtype=np.uint8)
     numbers = every.view(dtype).astype(np.float32)
     held = jnp.asarray(every[np.isfinite(numbers)].view(np.int8))
-    found = Coding(jnp.dtype(dtype), None).values(held, 0, jnp.float32)
+    found = Coding(jnp.dtype(dtype), None, jax.lax.Precision.DEFAULT).values(held, 0, jnp.float32)
     assert np.array_equal(bits(found), bits(numbers[np.isfinite(numbers)]))
 
 

@@ -103,16 +103,21 @@ def floats(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     return batched_dot(x.astype(jnp.float32)[:, None], decode(q.astype(jnp.float32))[:, None], None)[:, 0]
 
 
-def in_own_width(x: Float[Array, "B M K"], q: QTensor, wide: Product, narrow: Product | None) -> Float[Array, "B M N"]:
-    """A product of floats that stay bfloat16 where that loses nothing, and are float32 else.
+def in_own_width(
+    x: Float[Array, "B M K"], q: QTensor, wide: Product, narrow: Product | None, rounds: bool
+) -> Float[Array, "B M N"]:
+    """A product of floats that are bfloat16 where that loses nothing or is allowed, and float32 else.
 
     Args:
       x: the activations.
       q: the weight; bfloat16 holds codes whose scale comes after the product, and numbers whose dtype it is.
       wide, narrow: `(x, q) -> out` of float32 and of bfloat16, which may be missing.
+      rounds: whether activations may be rounded.
     """
     held = q.dtype == jnp.bfloat16 or scale_comes_after(q)
-    return narrow(x, q) if narrow and held and x.dtype == jnp.bfloat16 else wide(x.astype(jnp.float32), q)
+    if narrow and held and (rounds or x.dtype == jnp.bfloat16):
+        return narrow(x.astype(jnp.bfloat16), q)
+    return wide(x.astype(jnp.float32), q)
 
 
 def scale_comes_after(q: QTensor) -> bool:

@@ -7,8 +7,10 @@ Which one is fastest is known here and nowhere else; the ways themselves are `ma
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
+from jax.lax import Precision
 from jaxtyping import Array
 
 from jaxquant.format import Format
@@ -27,6 +29,7 @@ from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
+from jaxquant.matmul.precision import level, may_round
 from jaxquant.matmul.tokens import say
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
@@ -44,11 +47,11 @@ _FEW_ROWS = 4
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, and of floats, sums in pieces are faster than XLA's library.
 _FEW_CODES, _FEW_FLOATS = 2, 1
-# Up to this many rows decoded weights are multiplied as float32, and codes as int8; codes also up to this many
-# multiplications, as they come and turned. Beyond it is bfloat16, where a CPU has instructions for that and nothing is
-# lost.
-_FEW_HALVES, _FEW_BFLOATS = 16, 48
-_FEW_PRODUCTS, _FEW_TURNED = 100_000_000, 50_000_000
+# Up to this many rows decoded weights are multiplied as float32, beyond it as bfloat16 where a CPU has instructions for
+# that and nothing is lost, or rounding is allowed.
+_FEW_HALVES = 16
+# So are codes, which are int8 up to this many rows, and up to this many multiplications as they come and turned.
+_FEW_BFLOATS, _FEW_UPRIGHT, _FEW_TURNED = 48, 100_000_000, 50_000_000
 # From this many rows on it pays to put the results of decoded columns together outside of a loop.
 _MANY_COLUMNS = 192
 
@@ -74,7 +77,7 @@ class Formulation:
 
 
 def choose(
-    rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int, exact: bool
+    rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int, precision: Any
 ) -> Formulation:
     """The formulation for `rows` tokens and a weight `[B, K, N]`, from shapes alone.
 
@@ -84,22 +87,22 @@ def choose(
       inputs_last: whether a weight's inputs are what lies together in memory.
       activations: the format of the activations, or None to keep them in floating point.
       outliers: how many of each token's largest activations stay in floating point.
-      exact: whether activations in floating point keep all their bits.
+      precision: that of the product, as in its jaxpr.
     """
     groups, inputs = q.scale.shape[1], q.shape[1]
     in_double = jnp.dtype(q.dtype).itemsize > 4
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
-    gpu = None if inputs_last or in_double else gpu_dot_floats
+    gpu = None if inputs_last or in_double else functools.partial(gpu_dot_floats, precision=level(precision))
     lines = None if in_double else by_lines(rows, q, inputs_last)
     wide = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else lines
     narrow = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
-    cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow)
+    cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow, rounds=may_round(precision))
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
-        return _of_floats(rows, q, inputs_last, exact, gpu, cpu)
+        return _of_floats(rows, q, inputs_last, level(precision) == Precision.HIGHEST, gpu, cpu)
     return _of_codes(rows, q, inputs_last, cpu, narrow, activations, outliers)
 
 
@@ -137,7 +140,7 @@ def _of_codes(
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))
-    few = rows <= _FEW_BFLOATS or rows * inputs * q.shape[2] <= (_FEW_TURNED if inputs_last else _FEW_PRODUCTS)
+    few = rows <= _FEW_BFLOATS or rows * inputs * q.shape[2] <= (_FEW_TURNED if inputs_last else _FEW_UPRIGHT)
     if in_bfloats and groups == 1 and not few:
         return Formulation(INTEGER, run=run, gpu=gpu, cpu=in_bfloats)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)

@@ -14,13 +14,11 @@ from jaxquant import inputs
 from jaxquant.format import Format
 from jaxquant.matmul.arithmetic import split_kept
 from jaxquant.matmul.batches import of_batches
-from jaxquant.matmul.choice import FLOAT, WEIGHT_ONLY, Formulation, choose
+from jaxquant.matmul.choice import FLOAT, Formulation, choose
+from jaxquant.matmul.precision import float_dot, may_round, within
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace import views
 from jaxquant.trace.views import Bundle
-
-# Floats may be rounded to bfloat16 before they are multiplied; sums are float32.
-_ROUNDING = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -34,7 +32,6 @@ class Dot:
       weight_first: whether the weight is the left operand.
       activations, outliers: the format of the activations or None, and how many of each token's stay in float.
       precision, dtype: as `jax.lax.dot_general` takes the precision and the result's dtype.
-      rounds: whether floats may be rounded to bfloat16 before they are multiplied.
       memory: the permutation that brings the weight's axes to the order they lie in memory.
     """
 
@@ -44,7 +41,6 @@ class Dot:
     activations: Format | None
     outliers: int
     precision: Any
-    rounds: bool
     dtype: Any
     memory: tuple[int, ...]
 
@@ -60,9 +56,7 @@ class Dot:
         """The product in the best arithmetic for the weight's format."""
         outputs = _rest(q.ndim, self.contracted[1], self.batch[1])
         place = len(self.batch[0]) + (len(outputs) if self.weight_first else 0)
-        # All it consists of in the precision of this product, not in that of the function around it.
-        with jax.default_matmul_precision("highest" if self._exact else "default"):
-            return of_batches(self._forward, lambda: self._of_more().forward, place)(x, q)
+        return of_batches(self._forward, lambda: self._of_more().forward, place)(x, q)
 
     def _of_more(self) -> "Dot":
         """The same product of activations that have one more axis, which comes first."""
@@ -70,14 +64,17 @@ class Dot:
         return dataclasses.replace(self, contracted=contracted, batch=batch)
 
     def _forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
-        q = q.astype(jnp.bfloat16) if self.rounds else q
+        with within(self.precision):
+            return self._chosen(x, q)
+
+    def _chosen(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         weight = self.matrices(q)
         if weight is None:
             return self.reference(x, q)
         formulation = self._choose(x.shape, weight)
         forms = {"cuda": formulation.gpu, "cpu": formulation.cpu}
         multiply = {
-            platform: functools.partial(self._multiply, Formulation(formulation.arithmetic, run=form))
+            platform: functools.partial(self._multiply, Formulation("", run=form))
             for platform, form in forms.items()
             if form is not None
         }
@@ -91,9 +88,8 @@ class Dot:
             return self.reference(x, q)
         plain = not weight.transform and weight.kept is None
         tokens, beside = (self.tokens(x), None) if plain else self._transformed(x, weight)
-        tokens = tokens.astype(jnp.bfloat16) if self.rounds and formulation.arithmetic == WEIGHT_ONLY else tokens
         if formulation.run is not None:
-            out = self.assembled(formulation.run(tokens, weight.core), x.shape, q.shape)
+            out = self.assembled(formulation.run(tokens, self._rounded(weight.core)), x.shape, q.shape)
         else:
             assert formulation.say is not None
             # In float32 whatever the dtype, so that the codes of the activations are exact here too.
@@ -109,7 +105,7 @@ class Dot:
         operands = (x, jnp.transpose(weight, [self.memory.index(axis) for axis in range(q.ndim)]))
         if self.weight_first:
             contracted, batch, operands = _swap(contracted), _swap(batch), _swap(operands)
-        return jax.lax.dot_general(operands[0], operands[1], (contracted, batch), self.precision, self.dtype)
+        return float_dot(*operands, (contracted, batch), self.precision, self.dtype)
 
     def transformed(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """What the codes meet: the activations after the transform, without the inputs that are kept in float."""
@@ -125,13 +121,12 @@ class Dot:
     def _choose(self, x_shape: tuple[int, ...], weight: QTensor) -> Formulation:
         rows = _sizes(x_shape, _rest(len(x_shape), self.contracted[0], self.batch[0]))
         inputs_last = bool(self.memory) and self.memory[-1] in self.contracted[1]
-        return choose(rows, weight, inputs_last, self.activations, self.outliers, self._exact)
+        formats = self.activations, self.outliers
+        return choose(rows, self._rounded(weight), inputs_last, *formats, self.precision)
 
-    @property
-    def _exact(self) -> bool:
-        """Whether more is asked for than the precision that is fast."""
-        default = jax.lax.Precision.DEFAULT
-        return self.precision not in (None, default, (default, default))
+    def _rounded(self, weight: QTensor) -> QTensor:
+        """The weight as one of a bfloat16 model, where that is allowed."""
+        return weight.astype(jnp.bfloat16) if may_round(self.precision) else weight
 
     def tokens(self, x: Array) -> Float[Array, "B M K"]:
         """The activations as rows of a batch of matrices."""
@@ -211,13 +206,7 @@ def make_dot(
     # The order of a sum does not matter, and groups and blocks only stay together in that of the weight.
     pairs = sorted(zip(*contracted, strict=True), key=lambda pair: pair[1])
     contracted = (tuple(x for x, _ in pairs), tuple(w for _, w in pairs))
-    rounds = precision == _ROUNDING
-    return Dot(contracted, batch, weight_first, *activations, told(precision), rounds, jnp.dtype(dtype), memory)
-
-
-def told(precision: Any) -> Any:
-    """The precision that XLA is told: on a CPU it cannot run every product that names an algorithm it does not need."""
-    return jax.lax.Precision.DEFAULT if precision == _ROUNDING else precision
+    return Dot(contracted, batch, weight_first, *activations, precision, jnp.dtype(dtype), memory)
 
 
 def as_it_lies(

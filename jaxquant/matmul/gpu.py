@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.lax import Precision
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
@@ -30,11 +31,11 @@ from jaxquant.qtensor import QTensor
 _TERMS = 128
 
 
-def gpu_dot(x: Shaped[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
+def gpu_dot(x: Shaped[Array, "B M K"], q: QTensor, precision: Precision = Precision.DEFAULT) -> Float[Array, "B M N"]:
     """`x @ decode(q)` in float32, of `x` in int8 codes or floats, without decoding."""
     slope = jnp.broadcast_to(q.scale.astype(jnp.float32), (q.shape[0], q.scale.shape[1], q.shape[2]))
     lines = [slope] if q.zero is None else [slope, slope * q.zero.astype(jnp.float32)]
-    product, operands = _batched(Coding(q.codes.dtype, q.levels)), (x, q.codes, jnp.stack(lines, axis=1))
+    product, operands = _batched(Coding(q.codes.dtype, q.levels, precision)), (x, q.codes, jnp.stack(lines, axis=1))
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
         return product(*operands)
@@ -43,9 +44,9 @@ def gpu_dot(x: Shaped[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
     return jax.sharding.auto_axes(axes=explicit, out_sharding=spec)(product)(*operands)
 
 
-def gpu_dot_floats(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
+def gpu_dot_floats(x: Float[Array, "B M K"], q: QTensor, precision: Precision) -> Float[Array, "B M N"]:
     """The same in the dtype of the weight, so that a bfloat16 model multiplies in bfloat16."""
-    return gpu_dot(x.astype(q.dtype), q)
+    return gpu_dot(x.astype(q.dtype), q, precision)
 
 
 def _batched(coding: Coding) -> Callable[..., Array]:
@@ -142,7 +143,7 @@ def _widened(coding: Coding, x, codes, lines) -> Float[Array, "B M N"]:
     (b, m, k), groups, exact = x.shape, lines.shape[2], _exact(x)
     values = coding.numbers(codes, x.dtype).reshape(b, groups, k // groups, codes.shape[2])
     rows = jnp.swapaxes(x.reshape(b, m, groups, k // groups), 1, 2)
-    sums = jnp.matmul(rows, values, preferred_element_type=exact)
+    sums = jnp.matmul(rows, values, precision=coding.precision, preferred_element_type=exact)
     taken = jnp.sum(rows, axis=3, dtype=exact, keepdims=True)
     return jnp.sum(_on_lines(sums, taken, lines[:, :, :, None]), axis=1)
 

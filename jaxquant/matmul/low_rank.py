@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.adapter import Sides
-from jaxquant.matmul.dot import DimensionNumbers, told
+from jaxquant.matmul.dot import DimensionNumbers
+from jaxquant.matmul.precision import float_dot
 
 
 def correction(
@@ -34,13 +34,13 @@ def correction(
     stacks = tuple(range(len(batch[1])))
     along = tuple(range(len(stacks), len(stacks) + len(contracted[1])))
     first = _thin(down, (*batch[1], *contracted[1]))  # [*batch, *contracted, rank]
-    inner = jax.lax.dot_general(
-        x.astype(first.dtype), first, ((contracted[0], along), (batch[0], stacks)), told(precision)
+    inner = float_dot(
+        x.astype(first.dtype), first, ((contracted[0], along), (batch[0], stacks)), precision
     )  # [*batch, *rest, rank]
     outer = _thin(up, (*batch[1], *outputs))  # [*batch, *outputs, rank]
     left, right = (outer, inner) if weight_first else (inner, outer)
     ranks = ((left.ndim - 1,), (right.ndim - 1,))
-    return sides.scaling * jax.lax.dot_general(left, right, (ranks, (stacks, stacks)), told(precision))
+    return sides.scaling * float_dot(left, right, (ranks, (stacks, stacks)), precision)
 
 
 def _is_flat(parts: Sequence[Array], axes: Sequence[int]) -> bool:

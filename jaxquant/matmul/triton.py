@@ -34,10 +34,12 @@ class Coding:
     Args:
       dtype: of the codes.
       levels: the codebook, or None.
+      precision: at which the numbers are multiplied; XLA traces what a device does long after the product is asked for.
     """
 
     dtype: Any
     levels: tuple[float, ...] | None
+    precision: jax.lax.Precision
 
     @property
     def packed(self) -> int:
@@ -151,7 +153,7 @@ def _kernel(x_ref, held_ref, lines_ref, out_ref, *, coding: Coding, step: int):
             there = pl.ds((group * steps + index) * step, step)
             x, held = triton.load(x_ref.at[:, there]), triton.load(held_ref.at[there, :])
             values = [coding.values(held, place, x.dtype) for place in places]
-            dots = [jnp.dot(x, value, preferred_element_type=total) for value in values]
+            dots = [jnp.dot(x, value, precision=coding.precision, preferred_element_type=total) for value in values]
             dots += [jnp.sum(x.astype(total), axis=1)] if parts == 2 else []
             return tuple(s + dot for s, dot in zip(sums, dots, strict=True))
 
