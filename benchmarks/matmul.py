@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import measure
 import peers
 from chains import Contender
+from measure import ROUNDING
 from rich.console import Console
 from rich.progress import track
 
@@ -41,7 +42,6 @@ CASES = {
 TURNED = ("W8A8", "W8", "W4A8 g64", "W4 g64", "NF4 g64")
 HALVES = ("W8A8", "W8", "W4A8 g64", "W4 g64")
 ROUNDED = ("W8", "W4A8 g64", "W4 g64", "NF4 g64")
-ROUNDING = "BF16_BF16_F32"
 RUNS, SECONDS = 15, 6.0
 
 

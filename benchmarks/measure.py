@@ -25,6 +25,8 @@ INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "am
 # The relative mean error that no sound contender reaches and no broken one stays below, by the start of its name.
 BOUNDS = {"float32": 1e-3, "bf16": 0.02, "W8": 0.05, "W4": 0.25, "NF4": 0.25}
 FEWEST, PAUSE = 3, 0.02
+# The precision at which JAX is allowed to round floats to bfloat16 before it multiplies them.
+ROUNDING = "BF16_BF16_F32"
 
 Call = Callable[[], Any]
 

@@ -24,6 +24,7 @@ import measure
 import peers
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
+from measure import ROUNDING
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -47,7 +48,6 @@ CASES = {
 }
 # Rounding adds up over eight matmuls.
 MLP_BOUNDS = measure.BOUNDS | {"W4": 0.5}
-ROUNDING = "BF16_BF16_F32"
 PROMPT, STEPS = 494, 64
 # Of the last token's logits, which have a mean of their own to be taken away first.
 LOGIT_BOUNDS = {"float32": 1e-3, "bf16": 0.1, "W8": 0.3, "W4": 0.8, "Q8_0": 0.1, "Q4_1": 0.1, "Q4_0": 0.6}

@@ -17,6 +17,7 @@ from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import as_it_lies, make_dot
 from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis, without_idle
 from jaxquant.matmul.low_rank import correction
+from jaxquant.matmul.precision import float_dot
 from jaxquant.matmul.ragged import Ragged, is_plain
 from jaxquant.matmul.tokens import check_activations
 from jaxquant.qtensor import decode, is_qtensor
@@ -121,7 +122,7 @@ def _adapted_dot(param: Param, x, first: bool, params: Mapping[str, Any], result
         out = _dot((base, x) if first else (x, base), params, result, activations, hear)
     else:
         left, right = (sides.base, x) if first else (x, sides.base)
-        out = jax.lax.dot_general(left, right, params["dimension_numbers"], params["precision"], result.dtype)
+        out = float_dot(left, right, params["dimension_numbers"], params["precision"], result.dtype)
     return None if out is None else (out + beside).astype(result.dtype)
 
 
