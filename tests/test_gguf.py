@@ -293,7 +293,7 @@ def test_a_float_zero_point_is_multiplied_in_integers_too(rows):
     for activations in (None, jq.int8):
         found = jq.quantized(lambda w, x: x @ w, activations=activations)(q, x)
         np.testing.assert_array_equal(np.asarray(found, np.float64), expected)
-        # At the default precision a row of floats keeps 23 bits against codes of 4.
+        # At the default precision a row of floats keeps 25 bits against codes of 4.
         exactly = jq.quantized(lambda w, x: jnp.dot(x, w.T, precision="highest"), activations=activations)
         np.testing.assert_array_equal(np.asarray(exactly(turn(q), x), np.float64), expected)
 

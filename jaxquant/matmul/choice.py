@@ -102,16 +102,20 @@ def choose(
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if activations is None:
-        return _of_floats(rows, q, inputs_last, level(precision) == Precision.HIGHEST, gpu, cpu)
+        return _of_floats(rows, q, inputs_last, precision, gpu, cpu)
     return _of_codes(rows, q, inputs_last, cpu, narrow, activations, outliers)
 
 
-def _of_floats(rows: int, q: QTensor, inputs_last: bool, exact: bool, gpu: Run | None, cpu: Run | None) -> Formulation:
+def _of_floats(
+    rows: int, q: QTensor, inputs_last: bool, precision: Any, gpu: Run | None, cpu: Run | None
+) -> Formulation:
     """Activations stay in floating point; what a GPU and a CPU do with decoded weights is known."""
     product, one_group = functools.partial(grouped_dot, inputs_last=inputs_last), q.scale.shape[1] == 1
     run = floats if one_group and rows <= _FEW_DIGITS else None
     if inputs_last:
-        cpu = floats_in_pieces if 0 < rows <= _FEW_FLOATS and not exact and in_pieces(q) else cpu
+        exact = level(precision) == Precision.HIGHEST
+        in_row = functools.partial(floats_in_pieces, rounds=may_round(precision))
+        cpu = in_row if 0 < rows <= _FEW_FLOATS and not exact and in_pieces(q) else cpu
         return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
     unpacked = by_inputs(rows, q)
     few = _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0

@@ -3,16 +3,18 @@
     out[n] = sum_p scale[n, p] s[p] ( sum_k codes[n, p, k] X[p, k]  -  zero[n, p] sum_k X[p, k] )     pieces p of inputs
 
 Both kinds of activations are integers `X` here. Those in codes have 9 bits once their zero point is taken off. Those in
-floats are written in integers too, with a scale for each piece and as wide as 32 bits hold the sum of a piece: 18 bits
-against codes of 8, 23 against codes of 4, 25, which is a float32, against codes of 2. They come in two digits, so that
-every product fits 16 bits. Of just these sums LLVM makes vector instructions, and XLA shares them out among the cores.
+floats are written in integers too, with a scale for each piece, in two digits: of 25 bits, which is a float32, against
+packed codes, of 18 against codes of 8 bits. Where they may be rounded it is one digit of 16 bits, which is off by less
+for the 64 inputs of a piece together than bfloat16 is for the largest of them alone.
 
-Two things keep XLA from undoing that: the digits leave a branch, or they would be computed anew for each output; and
-lines begin where only the run shows, or a loop over tokens would widen all codes before it starts, and keep them wide.
+Of just these sums LLVM makes vector instructions, and XLA shares them out among the cores. Two things keep XLA from
+undoing that: the digits leave a branch, or they would be computed anew for each output; and lines begin where only the
+run shows, or a loop over tokens would widen all codes before it starts, and keep them wide.
 """
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,7 +54,7 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
     codes = codes if tokens.zero is None else codes - tokens.zero[0].astype(jnp.int16)
     inputs = jnp.sum(codes.reshape(len(codes), groups, -1), axis=-1, dtype=jnp.int32)
     never = never_after(tokens.scale)
-    digits = _written([codes], never)
+    digits = _written([codes], never, q)
 
     def one(lines: Lines, row: Sequence[Array], inputs: Int32[Array, " groups"]) -> Float[Array, " N"]:
         total = _products(lines, row[0], q)
@@ -67,28 +69,25 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
     return tokens.scale * _by_rows(one, lines_of(wide), never, digits, inputs)
 
 
-def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M N"]:
+def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor, rounds: bool = False) -> Float[Array, "1 M N"]:
     """The product of activations in floats, which are rounded at the bits above.
 
     Args:
       x: the activations.
       q: the weight, of which `in_pieces` holds.
+      rounds: whether they may be rounded to as few bits as bfloat16 has.
     """
-    rows, (bits, low) = x.shape[1], _widths(q)
+    rows, (largest, low) = x.shape[1], _widths(q, rounds)
     pieces = x[0].astype(jnp.float32).reshape(rows, -1, _piece(q))
     finite = are_finite(pieces, -1)
     top = jnp.max(jnp.abs(pieces), axis=-1, keepdims=True)
-    largest = min(2**bits, (2 ** (low - 1)) << low) - 2**low
     scale = positive(top / largest, top)
     whole = jnp.clip(jnp.round(pieces / scale), -largest, largest).astype(jnp.int32)
-    # With a lower digit of up to +2^(low - 1), not -2^(low - 1), which times the lowest code would be +2^15.
-    higher = (whole + (2 ** (low - 1) - 1)) >> low
     never = never_after(scale)
-    digits = _written([digit.astype(jnp.int16).reshape(rows, -1) for digit in (higher, whole - (higher << low))], never)
+    digits = _written([digit.reshape(rows, -1) for digit in _digits(whole, low)], never, q)
 
     def one(lines: Lines, row: Sequence[Array], inputs: Array, scale: Float[Array, " pieces"]) -> Float[Array, " N"]:
-        total = (_products(lines, row[0], q) << low) + _products(lines, row[1], q)
-        sums = jnp.sum(total, axis=-1).astype(jnp.float32)
+        sums = _sums(_wider(lines, never) if rounds else lines, row, q, low)
         if lines.zero is not None:
             zero = expand(lines.zero, sums.shape).astype(jnp.float32)
             sums = sums - zero * inputs[None].astype(jnp.float32)
@@ -98,9 +97,30 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor) -> Float[Array, "1 M 
     return _by_rows(one, lines_of(q), never, digits, inputs, scale)
 
 
-def _written(digits: list[Int16[Array, "M K"]], never: Bool[Array, ""]) -> list[Int16[Array, "M K"]]:
-    """The digits, written down."""
-    return jax.lax.cond(never, lambda some: [0 * digit for digit in some], lambda same: same, digits)
+def _widths(q: QTensor, rounds: bool) -> tuple[int, int]:
+    """For activations in floats, the largest integer, and the bits of its lower digit, 0 where it is but one.
+
+    A digit has 16 bits, and so has the product of one and a code of 8.
+    """
+    if rounds:
+        return 2**15 - 1, 0
+    return (2**17 - 2**9, 9) if places_of(q.codes.dtype) == 1 else (2**24 - 2**12, 12)
+
+
+def _digits(whole: Int32[Array, "..."], low: int) -> list[Int32[Array, "..."]]:
+    """An integer as `(higher << low) + lower`, or as it is."""
+    if low == 0:
+        return [whole]
+    # With a lower digit of up to +2^(low - 1), not -2^(low - 1), which times the lowest code would be +2^15.
+    higher = (whole + (2 ** (low - 1) - 1)) >> low
+    return [higher, whole - (higher << low)]
+
+
+def _written(digits: list[Array], never: Bool[Array, ""], q: QTensor) -> list[Int16[Array, "M places bytes"]]:
+    """The digits, written down as they meet the codes: those for the same place of a byte side by side."""
+    places = places_of(q.codes.dtype)
+    laid = [jnp.swapaxes(digit.astype(jnp.int16).reshape(len(digit), -1, places), 1, 2) for digit in digits]
+    return jax.lax.cond(never, lambda some: [0 * digit for digit in some], lambda same: same, laid)
 
 
 def _by_rows(
@@ -115,32 +135,39 @@ def _by_rows(
     return jnp.concatenate(blocks, axis=-1)[None]
 
 
-def _products(lines: Lines, row: Int16[Array, " K"], q: QTensor) -> Int32[Array, "N pieces side"]:
-    """The products of a digit with the codes of every piece, several of them added up."""
+def _sums(lines: Lines, digits: Sequence[Array], q: QTensor, low: int) -> Float[Array, "N pieces"]:
+    """The sums of pieces of floats, of all their digits."""
+    products = [_products(lines, digit, q) for digit in digits]
+    if low and places_of(q.codes.dtype) == 1:  # 32 bits hold both digits, and one sum is cheaper than two
+        products = [functools.reduce(lambda higher, lower: (higher << low) + lower, products)]
+    each = [jnp.sum(product, axis=-1).astype(jnp.float32) for product in products]
+    return functools.reduce(lambda higher, lower: higher * 2.0**low + lower, each)
+
+
+def _products(lines: Lines, digit: Int16[Array, "places bytes"], q: QTensor) -> Int32[Array, "N pieces side"]:
+    """The products of a digit with the codes of every piece, several of them added up.
+
+    LLVM multiplies 16 bits by 16 and adds neighbours in one instruction where something is done to codes in 16 bits. Of
+    those that are just widened it makes none, and within 16 bits they are multiplied fastest.
+    """
     places = places_of(q.codes.dtype)
-    halves = 2 if places == 1 else 1
-    side = _piece(q) // (halves * places)
-    held = lines.held.reshape(len(lines.held), -1, halves, side).astype(jnp.int16)
-    lying = row.reshape(1, -1, halves, side, places)
-    products = (
-        (unpacked(held[:, :, half], place, places) * lying[:, :, half, :, place]).astype(jnp.int32)
-        for half in range(halves)
-        for place in range(places)
-    )
-    return functools.reduce(operator.add, products)
+    halves, narrow = 2 if places == 1 else 1, places == 1 and lines.held.dtype == jnp.int8
+    held = lines.held.astype(jnp.int16).reshape(len(lines.held), -1, halves, _piece(q) // (halves * places))
+    laid = digit.reshape(places, 1, *held.shape[1:])
+
+    def product(half: int, place: int) -> Int32[Array, "N pieces side"]:
+        code, row = unpacked(held[:, :, half], place, places), laid[place, :, :, half]
+        return (code * row).astype(jnp.int32) if narrow else code.astype(jnp.int32) * row.astype(jnp.int32)
+
+    return functools.reduce(operator.add, itertools.starmap(product, itertools.product(range(halves), range(places))))
+
+
+def _wider(lines: Lines, never: Bool[Array, ""]) -> Lines:
+    """Bytes in 16 bits, in a way that LLVM does not see through."""
+    return lines._replace(held=lines.held.astype(jnp.int16) ^ never.astype(jnp.int16))
 
 
 def _piece(q: QTensor) -> int:
     """The inputs of a piece, which no group is cut by; 0 where there are none."""
     member = q.shape[1] // q.scale.shape[1]
     return next((size for size in _PIECES if member and member % size == 0), 0)
-
-
-def _widths(q: QTensor) -> tuple[int, int]:
-    """For activations in floats, the bits of their size beside the sign and those of the lower digit.
-
-    A sum of 64 products with codes of `b` bits, each at most `2^(b - 1)`, stays below `2^31`, and one product with a
-    digit of `17 - b` bits within 16.
-    """
-    container = 8 // places_of(q.codes.dtype)
-    return 26 - container, 17 - container
