@@ -75,7 +75,7 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor, rounds: bool = False)
     Args:
       x: the activations.
       q: the weight, of which `in_pieces` holds.
-      rounds: whether they may be rounded to as few bits as bfloat16 has.
+      rounds: whether one digit is enough.
     """
     rows, (largest, low) = x.shape[1], _widths(q, rounds)
     pieces = x[0].astype(jnp.float32).reshape(rows, -1, _piece(q))
@@ -98,9 +98,9 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor, rounds: bool = False)
 
 
 def _widths(q: QTensor, rounds: bool) -> tuple[int, int]:
-    """For activations in floats, the largest integer, and the bits of its lower digit, 0 where it is but one.
+    """For activations in floats, the largest integer, and the bits of its lower digit, 0 where it has only one.
 
-    A digit has 16 bits, and so has the product of one and a code of 8.
+    A digit is within 16 bits, and of two that meet codes of 8 so is each product, and the sum of both within 32.
     """
     if rounds:
         return 2**15 - 1, 0

@@ -31,7 +31,7 @@ _HIGHEST = (
 
 
 def may_round(precision: Any) -> bool:
-    """Whether floats may be rounded to bfloat16 before they are multiplied."""
+    """Whether floats may be rounded before they are multiplied, to bfloat16 or what is no worse."""
     return precision == _ROUNDING
 
 
