@@ -85,9 +85,10 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor, rounds: bool = False)
     whole = jnp.clip(jnp.round(pieces / scale), -largest, largest).astype(jnp.int32)
     never = never_after(scale)
     digits = _written([digit.reshape(rows, -1) for digit in _digits(whole, low)], never, q)
+    widened = rounds and places_of(q.codes.dtype) == 1  # packed codes are shifted, which does as well
 
     def one(lines: Lines, row: Sequence[Array], inputs: Array, scale: Float[Array, " pieces"]) -> Float[Array, " N"]:
-        sums = _sums(_wider(lines, never) if rounds else lines, row, q, low)
+        sums = _sums(_wider(lines, never) if widened else lines, row, q, low)
         if lines.zero is not None:
             zero = expand(lines.zero, sums.shape).astype(jnp.float32)
             sums = sums - zero * inputs[None].astype(jnp.float32)
