@@ -4,8 +4,8 @@ python examples/llama70b.py                      the whole table: about ten minu
 python examples/llama70b.py --models 70B --weights "int2 g64" --cards rtx4090
 python examples/llama70b.py --json docs/llama70b.json --plot docs/llama70b.png
 
-No weight exists here and nothing runs: XLA compiles the programs, and says what they take. It needs the two packages of
-`examples/requirements-gpu.txt` (pip install --no-deps -r examples/requirements-gpu.txt).
+No weight exists here and nothing runs: XLA compiles the programs, and says what they take. It needs
+pip install '.[gpu,examples]' and pip install --no-deps -r examples/requirements-gpu.txt.
 """
 
 import argparse
