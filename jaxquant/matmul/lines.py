@@ -12,7 +12,7 @@ outputs, whose products lie side by side.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +24,12 @@ from jaxquant.matmul.blocks import is_alone
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, decode
 
-# A block is as large as the caches hold, decoded, a multiple of what a core adds at once, and not the whole; there are
-# no more of them than this.
-_CACHE, _MULTIPLE, _MOST = 2**23, 8, 16
+# A block is as large as the caches hold, decoded, and but for the last a multiple of what a core adds at once; there
+# are two of them at least, and no more than this.
+_CACHE, _MULTIPLE, _FEWEST, _MOST = 2**23, 8, 2, 16
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
 # So many blocks at least, then: their results are put together row by row.
-_MANY_ROWS, _FEWEST = 192, 4
+_MANY_ROWS, _FEWEST_OF_MANY = 192, 4
 
 
 class Lines(NamedTuple):
@@ -61,20 +61,23 @@ def never_after(x: Float[Array, "..."]) -> Bool[Array, ""]:
     return 0 * jnp.sum(x[(slice(1),) * x.ndim]) > 1
 
 
-def block_of(lines: Lines, block: int, count: int, never: Bool[Array, ""], columns: bool = False) -> Lines:
-    """One of `count` blocks of lines.
+def spans(outputs: int, count: int, multiple: int = 1) -> tuple[slice, ...]:
+    """So many blocks, or a few less, of equal size but for the last, which is no multiple where `outputs` is none."""
+    size = multiple * -(-outputs // (count * multiple))
+    return tuple(slice(start, min(start + size, outputs)) for start in range(0, outputs, size))
+
+
+def block_of(lines: Lines, span: slice, never: Bool[Array, ""], columns: bool = False) -> Lines:
+    """A block of lines.
 
     Its codes begin where only the run shows. Else XLA would decode, or widen, those of all weights of a program before
     it multiplies by the first, and those of a loop over tokens before the loop, and keep them so.
     """
     axis = 1 if columns else 0
-    size = lines.held.shape[axis] // count
-    held = jax.lax.dynamic_slice_in_dim(lines.held, never.astype(jnp.int32) + block * size, size, axis)
-
-    def some(part: Array) -> Array:
-        size = part.shape[axis] // count
-        return jax.lax.slice_in_dim(part, block * size, (block + 1) * size, axis=axis)
-
+    places = lines.scale.shape[axis] // lines.held.shape[axis]
+    start, size = never.astype(jnp.int32) + span.start // places, (span.stop - span.start) // places
+    held = jax.lax.dynamic_slice_in_dim(lines.held, start, size, axis)
+    some = functools.partial(jax.lax.slice_in_dim, start_index=span.start, limit_index=span.stop, axis=axis)
     return Lines(held, *jax.tree.map(some, (lines.scale, lines.zero)))
 
 
@@ -90,15 +93,14 @@ def by_lines(rows: int, q: QTensor, inputs_last: bool) -> Callable[..., Array] |
       inputs_last: whether its inputs are what lies together in memory.
     """
     (_, inputs, outputs), groups, places = q.shape, q.scale.shape[1], places_of(q.codes.dtype)
-    # A byte belongs to one group, and to one block.
-    whole = groups > 0 and (not inputs_last or inputs // groups % places == 0)
     many = rows >= _MANY_ROWS or not inputs_last
-    multiple = _MULTIPLE if inputs_last else _MULTIPLE * places
-    fit = [count for count in range(_FEWEST if many else 2, _MOST + 1) if outputs % (count * multiple) == 0]
-    count = next((count for count in fit if 4 * inputs * outputs <= _CACHE * count), max(fit, default=None))
-    if not whole or count is None or not is_alone(q):
+    count = max(_FEWEST_OF_MANY if many else _FEWEST, -(-4 * inputs * outputs // _CACHE))
+    blocks = spans(outputs, min(count, _MOST), _MULTIPLE if inputs_last else _MULTIPLE * places)
+    # A byte belongs to one group, and to one block.
+    whole = (inputs // groups if inputs_last else outputs) % places == 0
+    if not whole or len(blocks) < _FEWEST or not is_alone(q):
         return None
-    return functools.partial(_by_lines, count=count, columns=not inputs_last, many=many)
+    return functools.partial(_by_lines, blocks=blocks, columns=not inputs_last, many=many)
 
 
 def _by_lines(
@@ -106,16 +108,16 @@ def _by_lines(
     q: QTensor,
     scale: Float[Array, "1 M 1"] | None = None,
     *,
-    count: int,
+    blocks: Sequence[slice],
     columns: bool,
     many: bool,
 ) -> Float[Array, "1 M N"]:
     of_block = _of_columns if columns else functools.partial(_of_lines, many=many)
     lines, rows = lines_of(q, columns), x[0]
     outs, before = [], rows
-    for number in range(count):
+    for span in blocks:
         # After the block before it, which leaves its place in memory to this one.
-        block = block_of(lines, number, count, never_after(before), columns)
+        block = block_of(lines, span, never_after(before), columns)
         before = of_block(rows, block, q)
         outs.append(_completed(before, rows, block, q, scale, columns, many))
     return (jnp.concatenate(outs, axis=1) if many else jnp.concatenate(outs).T)[None]

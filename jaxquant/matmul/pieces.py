@@ -27,7 +27,7 @@ from jaxquant.encode import positive
 from jaxquant.finite import are_finite
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.matmul.integers import LONGEST
-from jaxquant.matmul.lines import Lines, block_of, lines_of, never_after
+from jaxquant.matmul.lines import Lines, block_of, lines_of, never_after, spans
 from jaxquant.matmul.tokens import Tokens
 from jaxquant.packed import places_of, unpacked
 from jaxquant.qtensor import QTensor, centre
@@ -40,7 +40,7 @@ _PIECES = (64, 32)
 def in_pieces(q: QTensor) -> bool:
     """Whether a weight `[B, K, N]`, whose inputs lie last, can be taken in pieces, and 32 bits hold sums of a group."""
     inputs, groups = q.shape[1], q.scale.shape[1]
-    return q.is_integer and is_alone(q) and groups > 0 and inputs <= groups * LONGEST and _piece(q) > 0
+    return q.is_integer and is_alone(q) and inputs <= groups * LONGEST and _piece(q) > 0
 
 
 def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
@@ -128,10 +128,9 @@ def _by_rows(
     one: Callable[..., Float[Array, " N"]], lines: Lines, never: Bool[Array, ""], *of_rows: Any
 ) -> Float[Array, "1 M N"]:
     """`one(lines, ...)` of each row of `of_rows`, some lines after the other."""
-    count = 2 if len(lines.held) % 2 == 0 else 1
     leaves, treedef = jax.tree.flatten(of_rows)
     rows = [treedef.unflatten(row) for row in zip(*leaves, strict=True)]
-    parts = [block_of(lines, block, count, never) for block in range(count)]
+    parts = [block_of(lines, span, never) for span in spans(len(lines.held), 2)]
     blocks = [jnp.stack([one(part, *row) for row in rows]) for part in parts]
     return jnp.concatenate(blocks, axis=-1)[None]
 
@@ -169,6 +168,6 @@ def _wider(lines: Lines, never: Bool[Array, ""]) -> Lines:
 
 
 def _piece(q: QTensor) -> int:
-    """The inputs of a piece, which no group is cut by; 0 where there are none."""
+    """The inputs of a piece, which no group is cut by; 0 where each would be."""
     member = q.shape[1] // q.scale.shape[1]
-    return next((size for size in _PIECES if member and member % size == 0), 0)
+    return next((size for size in _PIECES if member % size == 0), 0)
