@@ -68,7 +68,7 @@ def turned(tree: PyTree) -> PyTree:
 
     Args:
       tree: with `QTensor`s in it. Turned are int8 matrices and stacks of them, with one scale for all their inputs, and
-        matrices of 4 and 2 bits in groups of any size.
+        matrices of 4 and 2 bits in groups of whole bytes of inputs.
 
     Returns:
       The tree with a `Turned` in the place of each.
@@ -93,12 +93,12 @@ def _turn(q: QTensor) -> Any:
 
 
 def _is_of_bytes(q: QTensor) -> bool:
-    return q.codes.dtype == jnp.int8 and q.settled.scale.shape[:-1] == (*q.shape[:-2], 1)
+    return q.codes.dtype == jnp.int8 and q.scale.shape[:-1] == (*q.shape[:-2], 1)
 
 
 def _is_packed(q: QTensor) -> bool:
     """A matrix with several codes to a byte of inputs, all of one group."""
-    places, groups = places_of(q.codes.dtype), q.settled.scale.shape[0]
+    places, groups = places_of(q.codes.dtype), q.scale.shape[0]
     return places > 1 and q.ndim == 2 and groups > 0 and q.shape[0] // groups % places == 0
 
 

@@ -31,6 +31,7 @@ from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
+from jaxquant.matmul.precision import level
 from jaxquant.matmul.tokens import Tokens
 
 INTEGER = "int8 x int8 -> int32"
@@ -179,33 +180,6 @@ def test_one_row_is_never_an_integer_mat_vec_on_cpu():
     x, q = normal((1, 256)), jq.quantize(normal((256, 512), 1))
     text = jax.jit(jq.quantized(lambda q, x: x @ q)).lower(q, x).compile().as_text()
     assert set(re.findall(r"s32\[([\d,]+)\]\S* dot\(", text)) == {"2,512"}
-
-
-LONG = 140_000  # 127 * 127 * LONG > 2^31
-
-
-@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int8(group=LONG // 2)], ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_sums_longer_than_an_int32_are_split(format, rows):
-    """Law: K beyond the reach of an int32 sum equals the int64 oracle, at the codes that reach farthest."""
-    x, w = np.full((rows, LONG), 127, np.float32), np.full((LONG, 2), -127, np.float32)
-    q = jq.quantize(w, format)
-    assert close(jax.jit(jq.quantized(lambda q, x: x @ q))(q, x), np.full((rows, 2), -127 * 127 * LONG), 1e-5)
-
-
-def test_sums_longer_than_an_int32_are_float_in_ragged_dot():
-    """Law: experts with so many inputs are decoded, and a float32 sum of K terms is right to K * 2^-24."""
-    x, q = np.full((2, LONG), 127, np.float32), jq.quantize(np.full((1, LONG, 2), -127, np.float32))
-    out = jax.jit(jq.quantized(jax.lax.ragged_dot))(x, q, jnp.array([2], jnp.int32))
-    assert close(out, np.full((2, 2), -127 * 127 * LONG), LONG * 2**-24)
-
-
-def test_sums_longer_than_an_int32_are_float_in_convolutions():
-    """Law: as above, for a kernel with many input channels."""
-    x, w = np.full((1, LONG, 1), 127, np.float32), np.full((2, LONG, 1), -127, np.float32)
-    q = jq.quantize(w, axis=(1, 2))
-    out = jax.jit(jq.quantized(lambda q, x: jax.lax.conv(x, q, (1,), "VALID")))(q, x)
-    assert close(out, np.full((1, 2, 1), -127 * 127 * LONG), LONG * 2**-24)
 
 
 @every_weight
@@ -527,8 +501,25 @@ def test_dot_general_reads_the_precision_as_jax_does():
         return np.abs(found - expected).max() / np.abs(expected).max()
 
     with jax.default_matmul_precision("highest"):
-        around = product()
-    assert max(off(around), off(product(precision="highest"))) < 2.0**-20 < off(product())
+        around = off(product())
+    assert max(around, *(off(product(precision=name)) for name in ("highest", "high"))) < 2.0**-20 < off(product())
+
+
+def test_at_the_highest_precision_floats_are_not_written_in_digits():
+    """Law: what is taken off a large number is not lost, as it would be in integers of a scale for the whole token."""
+    x, q = normal((2, 64)), exactly(jq.quantize(normal((64, 36), 1), jq.int8))
+    x[:, 0] = 2.0**30
+    weight = np.asarray(jq.dequantize(q), np.float64)
+    weight[0] = 0
+    q = dataclasses.replace(q, codes=q.codes.at[0].set(0))
+    found = jax.jit(jq.quantized(lambda q, x: jnp.dot(x, q, precision="highest"), activations=None))(q, x)
+    assert close(found, np.asarray(x, np.float64) @ weight)
+
+
+def test_an_algorithm_without_a_name_has_all_bits():
+    """Law: JAX's names say how exact they are; of any other algorithm that is not known."""
+    algorithm = jax.lax.DotAlgorithm(np.float32, np.float32, np.float32)
+    assert level(algorithm) == level((algorithm, algorithm)) == jax.lax.Precision.HIGHEST
 
 
 def test_dot_general_of_two_qtensors_decodes_the_left():

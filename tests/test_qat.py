@@ -442,6 +442,16 @@ def test_an_empty_batch_has_gradients_of_zero(options):
     assert all(np.all(g == 0) for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize("compiled", [lambda f: f, jax.jit], ids=["eagerly", "compiled"])
+def test_a_bad_activation_is_a_bad_gradient_in_integers(compiled):
+    """Law: the gradient of the input's weights is NaN and the others are as they were, compiled or not."""
+    x = jnp.asarray(normal(3, WIDTH)).at[1, 2].set(jnp.nan)
+    step = jax.grad(lambda w, key: jnp.sum(jq.qat(lambda w, x: x @ w["w"], gradients=jq.int8, key=key)(w, x)))
+    gradient = compiled(step)({"w": weight(WIDTH, 24)}, jax.random.key(0))["w"]
+    assert np.array_equal(np.isnan(gradient).all(axis=1), np.arange(WIDTH) == 2)
+    assert np.isnan(gradient).sum() == 24
+
+
 @pytest.mark.parametrize("weights", [jq.int8, jq.int4(group=8), jq.nf4(group=8), jq.rotated(jq.rtn(jq.int4))])
 def test_weights_that_have_become_nan_are_heard_of(weights):
     """A training that diverged must not look like one that goes on: eagerly an error, compiled a NaN."""

@@ -57,9 +57,9 @@ def of_tokens(tokens: Tokens, q: QTensor, product: Callable[[Array, QTensor], Ar
       product: `(codes, q) -> sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32.
     """
     if tokens.zero is None:
-        return tokens.scale * product(*_split_long(tokens.codes, q))
+        return tokens.scale * product(tokens.codes, q)
     rows = jnp.concatenate([tokens.codes, jnp.ones_like(tokens.codes[:, :1])], axis=1)
-    sums = product(*_split_long(rows, q))
+    sums = product(rows, q)
     return tokens.scale * (sums[:, :-1] - tokens.zero * sums[:, -1:])
 
 
@@ -138,7 +138,7 @@ def split_kept(x: Float[Array, "B M K"], kept: Kept | None) -> tuple[Array, Floa
 def _weight_rows(q: QTensor, index: Int[Array, "B M"], inputs_last: bool) -> Float[Array, "B M N"]:
     """The decoded weights of one input for each token."""
     places = places_of(q.codes.dtype)
-    if inputs_last and places > 1:
+    if inputs_last and places > 1 and q.shape[1] % places == 0:
         # As bytes, because XLA would first take all codes apart.
         held = jnp.swapaxes(bytes_of(jnp.swapaxes(q.codes, 1, 2)), 1, 2)
         codes = unpacked(_at(held, index // places), (index % places).astype(jnp.int8)[..., None], places)
@@ -162,6 +162,7 @@ def _at(rows: Shaped[Array, "b K N"], index: Int[Array, "B M"]) -> Shaped[Array,
 
 def grouped_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> Float[Array, "B M N"]:
     """`sum_g scale[g] * (codes[g] @ (q.codes[g] - zero[g]))`, each group's sum in int32."""
+    codes, q = split_long(codes, q)
     (b, m, k), n, groups = codes.shape, q.shape[2], q.scale.shape[1]
     x = jnp.swapaxes(codes.reshape(b, m, groups, k // groups), 1, 2)
     total = integer_dot(x, q.codes.reshape(b, groups, k // groups, n), inputs_last)
@@ -171,10 +172,10 @@ def grouped_dot(codes: Int8[Array, "B M K"], q: QTensor, inputs_last: bool) -> F
     return jnp.sum(total.astype(jnp.float32) * q.scale[:, :, None, :], axis=1)
 
 
-def _split_long(codes: Int8[Array, "B M K"], q: QTensor) -> tuple[Array, QTensor]:
+def split_long(codes: Int8[Array, "B M K"], q: QTensor) -> tuple[Array, QTensor]:
     """Cuts groups too long for an int32 sum into equal shorter ones, padded with zeros, of the same scale."""
     (b, m, k), groups = codes.shape, q.scale.shape[1]
-    member = k // max(groups, 1)
+    member = k // groups
     if member <= LONGEST:
         return codes, q
     pieces = -(-member // LONGEST)

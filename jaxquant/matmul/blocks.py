@@ -44,13 +44,14 @@ def by_inputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
       rows: the tokens.
       q: the weight, `[B, K, N]`, in integer codes.
     """
-    (_, inputs, outputs), groups = q.shape, q.scale.shape[1]
-    member = inputs // max(groups, 1)
-    block = max((size for size in range(1, min(member, _LONGEST) + 1) if member % size == 0), default=0)
+    (_, inputs, outputs), places = q.shape, places_of(q.codes.dtype)
+    groups = q.scale.shape[1]
+    member = inputs // groups
+    block = max(size for size in range(1, min(member, _LONGEST) + 1) if member % size == 0)
     few = rows <= _FEW_ROWS and inputs * outputs >= _SMALL
     large = rows <= _MANY_ROWS and 4 * inputs * outputs >= _LARGE
     pays = (few or large) and (groups > 1 or inputs * outputs >= _WHOLE)
-    if not is_alone(q) or places_of(q.codes.dtype) == 1 or block < _SHORTEST or not pays:
+    if not is_alone(q) or places == 1 or outputs % places or block < _SHORTEST or not pays:
         return None
     return lambda product: functools.partial(_by_inputs, product=product, block=block)
 

@@ -23,6 +23,7 @@ from jaxquant.matmul.arithmetic import (
     integer,
     of_bfloats,
     of_tokens,
+    split_long,
 )
 from jaxquant.matmul.blocks import by_inputs, by_outputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
@@ -79,7 +80,7 @@ class Formulation:
 def choose(
     rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int, precision: Any
 ) -> Formulation:
-    """The formulation for `rows` tokens and a weight `[B, K, N]`, from shapes alone.
+    """The formulation for `rows` tokens and a weight `[B, K, N]`, without looking at a number of either.
 
     Args:
       rows: M, the tokens of one matmul of the batch.
@@ -94,13 +95,16 @@ def choose(
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
     gpu = None if inputs_last or in_double else functools.partial(gpu_dot_floats, precision=level(precision))
     lines = None if in_double else by_lines(rows, q, inputs_last)
-    wide = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else lines
+    loop = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else None
+    wide = loop or lines
     narrow = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
     cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow, rounds=may_round(precision))
     if not q.is_integer:
         return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
+    if in_double and activations is None:
+        return Formulation(WEIGHT_ONLY, "activations=None")
     if activations is None:
         return _of_floats(rows, q, inputs_last, precision, gpu, cpu)
     return _of_codes(rows, q, inputs_last, cpu, narrow, activations, outliers)
@@ -111,16 +115,16 @@ def _of_floats(
 ) -> Formulation:
     """Activations stay in floating point; what a GPU and a CPU do with decoded weights is known."""
     product, one_group = functools.partial(grouped_dot, inputs_last=inputs_last), q.scale.shape[1] == 1
-    run = floats if one_group and rows <= _FEW_DIGITS else None
+    exact = level(precision) != Precision.DEFAULT
+    cpu = cpu or (floats if one_group and rows <= _FEW_DIGITS else None)
     if inputs_last:
-        exact = level(precision) == Precision.HIGHEST
         in_row = functools.partial(floats_in_pieces, rounds=may_round(precision))
         cpu = in_row if 0 < rows <= _FEW_FLOATS and not exact and in_pieces(q) else cpu
-        return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
+        return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
     unpacked = by_inputs(rows, q)
-    few = _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
+    few = 0 if exact else _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
     cpu = functools.partial(digits, product=unpacked(product) if unpacked else product) if rows <= few else cpu
-    return Formulation(WEIGHT_ONLY, "activations=None", run=run, gpu=gpu, cpu=cpu)
+    return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
 
 
 def _of_codes(
@@ -132,7 +136,8 @@ def _of_codes(
     in_codes = functools.partial(integer, activations=activations, **outlying)
     product = functools.partial(grouped_dot, inputs_last=inputs_last)
     unpacked = None if inputs_last else by_inputs(rows, q)
-    products = [product, unpacked and unpacked(product), None if inputs_last else gpu_dot]
+    on_gpu = None if inputs_last else lambda codes, q: gpu_dot(*split_long(codes, q))
+    products = [product, unpacked and unpacked(product), on_gpu]
     run, cpu_run, gpu = (
         form and functools.partial(in_codes, product=functools.partial(of_tokens, product=form)) for form in products
     )

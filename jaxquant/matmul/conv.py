@@ -55,8 +55,8 @@ class Conv:
         sums = self._sums(image.codes, q).astype(jnp.float32)
         if image.zero is not None:
             # The sums of the kernel under the image, which are smaller at the borders: padding is zero, not `zero`.
-            ones = jnp.ones_like(jax.lax.slice_in_dim(image.codes, 0, 1, axis=numbers.lhs_spec[0]))
-            under = self._sums(ones, q).astype(jnp.float32)
+            one = [1 if axis == numbers.lhs_spec[0] else n for axis, n in enumerate(x.shape)]
+            under = self._sums(jnp.ones(one, jnp.int8), q).astype(jnp.float32)
             sums = sums - _along(image.zero.reshape(-1), numbers.out_spec[0], x.ndim) * under
         out = sums * _along(image.scale.reshape(-1), numbers.out_spec[0], x.ndim)
         return (out * _along(q.scale.reshape(-1), numbers.out_spec[1], x.ndim)).astype(self.dtype)

@@ -48,7 +48,8 @@ class Dot:
         """How this will be computed, and why not in integers."""
         weight = jax.eval_shape(self.matrices, q)
         if weight is None:
-            return FLOAT, "its scales do not follow the axes of this matmul: let `stats` tell them"
+            why = "its scales do not follow the axes of this matmul: let `stats` tell them"
+            return FLOAT, why if q.size else "it has no elements"
         formulation = self._choose(x_shape, weight)
         return formulation.arithmetic, formulation.reason
 
@@ -143,7 +144,9 @@ class Dot:
         return jnp.transpose(moved, [order.index(axis) for axis in range(len(order))])
 
     def matrices(self, q: QTensor) -> QTensor | None:
-        """The weight as a batch of matrices `[B, K, N]`; None where its scales cannot follow."""
+        """The weight as a batch of matrices `[B, K, N]`; None where its scales cannot follow, or there are none."""
+        if not q.size:
+            return None
         contracted, batch = self.contracted[1], self.batch[1]
         order = (*batch, *contracted, *_rest(q.ndim, contracted, batch))
         sizes = [_sizes(q.shape, axes) for axes in (batch, contracted, _rest(q.ndim, contracted, batch))]

@@ -118,10 +118,10 @@ def _names(axis: Any) -> tuple[str, ...]:
 
 def _on_device(coding: Coding, x, codes, lines) -> Float[Array, "B M N"]:
     """The product of what one device has."""
-    if x.shape[1] == 1 and x.size and codes.size:
+    if x.shape[1] == 1 and x.size:
         return _reduced(coding, x, codes, lines)
     cut = tiles(x.shape[1], codes.shape[1:], lines.shape[2], coding.packed)
-    if cut is None or not x.size or not codes.size:
+    if cut is None or not x.size:
         return _widened(coding, x, codes, lines)
     return jax.vmap(lambda x, codes, lines: triton_dot(x, codes, lines, coding, cut))(x, codes, lines)
 

@@ -1,17 +1,18 @@
 """What the precision that JAX is asked for means for a product with a weight in codes, and for all it consists of.
 
-    DEFAULT          what the platform is fast at: float32 on a CPU, TF32 on a GPU
+    DEFAULT          what the platform is fast at: TF32 on a GPU, and on a CPU float32, or 18 bits (`matmul.pieces`)
     HIGH, HIGHEST    more than that where it is less than float32, and all bits
     BF16_BF16_F32    floats may be rounded to bfloat16 before they are multiplied; sums are float32
 
-The other algorithms that JAX has names for are the least of the first three that gives what they promise.
+The other algorithms that JAX has names for are the least of the first three that gives what they promise, and those
+that somebody made up have all bits.
 """
 
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jax.lax import DotAlgorithmPreset, Precision
+from jax.lax import DotAlgorithm, DotAlgorithmPreset, Precision
 from jaxtyping import Array, Float
 
 _ROUNDING = DotAlgorithmPreset.BF16_BF16_F32
@@ -37,8 +38,8 @@ def may_round(precision: Any) -> bool:
 
 def level(precision: Any) -> Precision:
     """DEFAULT, HIGH or HIGHEST, from what `jax.lax.dot_general` has in its jaxpr."""
-    asked = precision if isinstance(precision, tuple) else (precision,)
-    if any(each in _HIGHEST for each in asked):
+    asked = precision if type(precision) is tuple else (precision,)
+    if any(each in _HIGHEST or isinstance(each, DotAlgorithm) for each in asked):
         return Precision.HIGHEST
     return Precision.HIGH if any(each in _HIGH for each in asked) else Precision.DEFAULT
 
