@@ -121,11 +121,11 @@ def _block(q: QTensor, held: Array, index: Array, place: int) -> QTensor:
     """The weights at one place of the bytes of a block."""
     places = places_of(q.codes.dtype)
 
-    def lines(part: Any) -> Any:
+    def columns(part: Any) -> Any:
         if part.shape[-1] == 1:
             return part
         parts = part.reshape(*part.shape[:-1], -1, held.shape[-1], places)[..., place]
         return jax.lax.dynamic_index_in_dim(parts, index, axis=2, keepdims=False)
 
-    scale, zero = jax.tree.map(lines, (q.scale, q.zero))
+    scale, zero = jax.tree.map(columns, (q.scale, q.zero))
     return dataclasses.replace(q, codes=unpacked(held, place, places), scale=scale, zero=zero, master=None)

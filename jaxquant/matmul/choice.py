@@ -27,6 +27,7 @@ from jaxquant.matmul.arithmetic import (
 )
 from jaxquant.matmul.blocks import by_inputs, by_outputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
+from jaxquant.matmul.integers import LONGEST
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
@@ -46,10 +47,12 @@ _FEW_ROWS = 4
 # Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, and
 # with them.
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
+# Up to this many rows of codes packed ones without groups are cheaper decoded than written out as bytes.
+_FEW_UNPACKED = 8
 # Up to this many rows of codes, and of floats, sums in pieces are faster than XLA's library.
 _FEW_CODES, _FEW_FLOATS = 2, 1
 # Up to this many rows decoded weights are multiplied as float32, beyond it as bfloat16 where a CPU has instructions for
-# that and nothing is lost, or rounding is allowed.
+# that and bfloat16 holds them, or rounding is allowed.
 _FEW_HALVES = 16
 # So are codes, which are int8 up to this many rows, and up to this many multiplications as they come and turned.
 _FEW_BFLOATS, _FEW_UPRIGHT, _FEW_TURNED = 48, 100_000_000, 50_000_000
@@ -110,6 +113,25 @@ def choose(
     return _of_codes(rows, q, inputs_last, cpu, narrow, activations, outliers)
 
 
+def not_in_integers(q: QTensor, activations: Format | None, inputs: int) -> tuple[str, str] | None:
+    """What a product with one scale for each output is computed in, and why, where that is not integers.
+
+    Args:
+      q: the weight.
+      activations: the format of the activations, or None.
+      inputs: how many of them a sum is of.
+    """
+    if not q.is_integer:
+        return WEIGHT_ONLY, "its codes are not integers"
+    if activations is None:
+        return WEIGHT_ONLY, "activations=None"
+    if q.zero is not None and not jnp.issubdtype(q.zero.dtype, jnp.integer):
+        return FLOAT, "its zero points are no integers"
+    if q.transform or q.kept is not None:
+        return FLOAT, "its inputs would have to be transformed"
+    return (FLOAT, "its sums could overflow an int32") if inputs > LONGEST else None
+
+
 def _of_floats(
     rows: int, q: QTensor, inputs_last: bool, precision: Any, gpu: Run | None, cpu: Run | None
 ) -> Formulation:
@@ -154,8 +176,8 @@ def _of_codes(
         return Formulation(INTEGER, run=run, gpu=gpu, cpu=in_bfloats)
     of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
     of_decoded = in_bfloats if in_bfloats and q.dtype == jnp.bfloat16 else of_said
-    if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_DIGITS and of_said is not None:
-        # The same sums, of the same codes, without an array of bytes in between.
+    if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_UNPACKED and of_said is not None:
+        # Decoded lines are faster than an array of bytes, and as exact: the sums of what the codes say, in float32.
         return Formulation(INTEGER, run=run, cpu=of_said)
     if groups > 1 and (rows > _FEW_ROWS or inputs_last):
         if cpu_run is not None:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxquant.format import Format
-from jaxquant.matmul.choice import FLOAT, INTEGER, WEIGHT_ONLY
-from jaxquant.matmul.integers import LONGEST
+from jaxquant.matmul.choice import FLOAT, INTEGER, not_in_integers
 from jaxquant.matmul.tokens import quantize_tokens
 from jaxquant.qtensor import QTensor, decode
 
@@ -31,19 +30,11 @@ class Conv:
     def arithmetic(self, q: QTensor) -> tuple[str, str]:
         """How this will be computed, and why not in integers."""
         outputs = self._numbers().rhs_spec[0]
-        if not q.is_integer:
-            return WEIGHT_ONLY, "its codes are not integers"
-        if q.zero is not None and not jnp.issubdtype(q.zero.dtype, jnp.integer):
-            return FLOAT, "its zero points are no integers"
-        if q.transform or q.kept is not None:
-            return FLOAT, "its input would have to be transformed"
+        if known := not_in_integers(q, self.activations, q.size // max(q.shape[outputs], 1)):
+            return known
         if any(n != 1 for axis, n in enumerate(q.scale.shape) if axis != outputs):
             return FLOAT, "its scales vary along the kernel's inputs: let `stats` tell them"
-        if q.size // max(q.shape[outputs], 1) > LONGEST:
-            return FLOAT, "its sums could overflow an int32"
-        if dict(self.geometry)["batch_group_count"] != 1:
-            return FLOAT, "it groups the batch"
-        return (INTEGER, "") if self.activations is not None else (WEIGHT_ONLY, "activations=None")
+        return (FLOAT, "it groups the batch") if dict(self.geometry)["batch_group_count"] != 1 else (INTEGER, "")
 
     def forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         """The convolution in the best arithmetic for the kernel's format."""

@@ -34,8 +34,8 @@ _TERMS = 128
 def gpu_dot(x: Shaped[Array, "B M K"], q: QTensor, precision: Precision = Precision.DEFAULT) -> Float[Array, "B M N"]:
     """`x @ decode(q)` in float32, of `x` in int8 codes or floats, without decoding."""
     slope = jnp.broadcast_to(q.scale.astype(jnp.float32), (q.shape[0], q.scale.shape[1], q.shape[2]))
-    lines = [slope] if q.zero is None else [slope, slope * q.zero.astype(jnp.float32)]
-    product, operands = _batched(Coding(q.codes.dtype, q.levels, precision)), (x, q.codes, jnp.stack(lines, axis=1))
+    slopes = [slope] if q.zero is None else [slope, slope * q.zero.astype(jnp.float32)]
+    product, operands = _batched(Coding(q.codes.dtype, q.levels, precision)), (x, q.codes, jnp.stack(slopes, axis=1))
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
         return product(*operands)
@@ -53,16 +53,16 @@ def _batched(coding: Coding) -> Callable[..., Array]:
     """The product under `vmap`: a batch of activations alone is more rows of the same matmul."""
 
     @custom_vmap
-    def product(x, codes, lines):
-        return _on_devices(coding, x, codes, lines)
+    def product(x, codes, slopes):
+        return _on_devices(coding, x, codes, slopes)
 
     @product.def_vmap
-    def _batch(size, batched, x, codes, lines):
+    def _batch(size, batched, x, codes, slopes):
         b, m, k = x.shape[-3:]
         if not any(batched[1:]):
-            out = product(jnp.swapaxes(x, 0, 1).reshape(b, size * m, k), codes, lines)
+            out = product(jnp.swapaxes(x, 0, 1).reshape(b, size * m, k), codes, slopes)
             return jnp.swapaxes(out.reshape(b, size, m, -1), 0, 1), True
-        parts = zip((x, codes, lines), batched, strict=True)
+        parts = zip((x, codes, slopes), batched, strict=True)
         every = [part if has else jnp.broadcast_to(part, (size, *part.shape)) for part, has in parts]
         out = product(*(part.reshape(size * b, *part.shape[2:]) for part in every))
         return out.reshape(size, b, m, -1), True
@@ -71,8 +71,8 @@ def _batched(coding: Coding) -> Callable[..., Array]:
 
 
 @functools.partial(custom_partitioning, static_argnums=(0,))
-def _on_devices(coding: Coding, x, codes, lines) -> Float[Array, "B M N"]:
-    return _on_device(coding, x, codes, lines)
+def _on_devices(coding: Coding, x, codes, slopes) -> Float[Array, "B M N"]:
+    return _on_device(coding, x, codes, slopes)
 
 
 def _partition(coding: Coding, mesh: Mesh, arguments, result):
@@ -83,9 +83,9 @@ def _partition(coding: Coding, mesh: Mesh, arguments, result):
         inputs = None  # a group would be cut
     specs = [(batch, rows, inputs), (batch, inputs, outputs), (batch, None, None if groups == 1 else inputs, outputs)]
 
-    def local(x, codes, lines):
+    def local(x, codes, slopes):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # a shard has no mesh
-            out = _on_device(coding, x, codes, lines)
+            out = _on_device(coding, x, codes, slopes)
         return jax.lax.psum(out, _names(inputs)) if inputs else out
 
     *placed, assembled = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in [*specs, (batch, rows, outputs)]]
@@ -116,41 +116,41 @@ def _names(axis: Any) -> tuple[str, ...]:
     return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
-def _on_device(coding: Coding, x, codes, lines) -> Float[Array, "B M N"]:
+def _on_device(coding: Coding, x, codes, slopes) -> Float[Array, "B M N"]:
     """The product of what one device has."""
     if x.shape[1] == 1 and x.size:
-        return _reduced(coding, x, codes, lines)
-    cut = tiles(x.shape[1], codes.shape[1:], lines.shape[2], coding.packed)
+        return _reduced(coding, x, codes, slopes)
+    cut = tiles(x.shape[1], codes.shape[1:], slopes.shape[2], coding.packed)
     if cut is None or not x.size:
-        return _widened(coding, x, codes, lines)
-    return jax.vmap(lambda x, codes, lines: triton_dot(x, codes, lines, coding, cut))(x, codes, lines)
+        return _widened(coding, x, codes, slopes)
+    return jax.vmap(lambda x, codes, slopes: triton_dot(x, codes, slopes, coding, cut))(x, codes, slopes)
 
 
-def _reduced(coding: Coding, x, codes, lines) -> Float[Array, "B 1 N"]:
+def _reduced(coding: Coding, x, codes, slopes) -> Float[Array, "B 1 N"]:
     """Multiplies and adds up, in the order the codes lie in memory: XLA would rather write them out in another."""
-    (b, _, k), n, groups, exact = x.shape, codes.shape[2], lines.shape[2], _exact(x)
-    parts = k // groups // math.gcd(k // groups, _TERMS)  # of a group
-    rows = x.reshape(b, groups, parts, -1, 1).astype(exact)
-    products = rows * coding.numbers(codes, exact).reshape(b, groups, parts, -1, n)
+    (b, _, k), n, groups, exact = x.shape, codes.shape[2], slopes.shape[2], _exact(x)
+    pieces = k // groups // math.gcd(k // groups, _TERMS)  # of a group
+    rows = x.reshape(b, groups, pieces, -1, 1).astype(exact)
+    products = rows * coding.numbers(codes, exact).reshape(b, groups, pieces, -1, n)
     sums = jnp.sum(with_layout_constraint(products, Layout((0, 1, 2, 3, 4))), axis=3)
     sums = jax.lax.optimization_barrier(sums)  # or the two sums become one again
     taken = jnp.sum(rows, axis=(2, 3))
-    return jnp.sum(_on_lines(jnp.sum(sums, axis=2), taken, lines), axis=1, keepdims=True)
+    return jnp.sum(_scaled(jnp.sum(sums, axis=2), taken, slopes), axis=1, keepdims=True)
 
 
-def _widened(coding: Coding, x, codes, lines) -> Float[Array, "B M N"]:
+def _widened(coding: Coding, x, codes, slopes) -> Float[Array, "B M N"]:
     """Where the tiles do not fit, or nothing is there: a matmul for each group, and the scales after it."""
-    (b, m, k), groups, exact = x.shape, lines.shape[2], _exact(x)
+    (b, m, k), groups, exact = x.shape, slopes.shape[2], _exact(x)
     values = coding.numbers(codes, x.dtype).reshape(b, groups, k // groups, codes.shape[2])
     rows = jnp.swapaxes(x.reshape(b, m, groups, k // groups), 1, 2)
     sums = jnp.matmul(rows, values, precision=coding.precision, preferred_element_type=exact)
     taken = jnp.sum(rows, axis=3, dtype=exact, keepdims=True)
-    return jnp.sum(_on_lines(sums, taken, lines[:, :, :, None]), axis=1)
+    return jnp.sum(_scaled(sums, taken, slopes[:, :, :, None]), axis=1)
 
 
-def _on_lines(sums: Array, taken: Array, lines: Array) -> Array:
-    scaled = sums.astype(jnp.float32) * lines[:, 0]
-    return scaled if lines.shape[1] == 1 else scaled - taken.astype(jnp.float32) * lines[:, 1]
+def _scaled(sums: Array, taken: Array, slopes: Array) -> Array:
+    scaled = sums.astype(jnp.float32) * slopes[:, 0]
+    return scaled if slopes.shape[1] == 1 else scaled - taken.astype(jnp.float32) * slopes[:, 1]
 
 
 def _exact(x: Array) -> Any:

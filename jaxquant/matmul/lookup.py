@@ -1,7 +1,7 @@
 """Look-ups in a parameter in codes: rows of an embedding come out as floats, whole matrices stay in codes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,29 @@ from jaxquant.trace import Param
 from jaxquant.trace.views import Bundle
 
 
-def without_idle(
+class Pick(NamedTuple):
+    """A `gather` of whole slices along one axis.
+
+    Attributes:
+      indices: of the slices.
+      axis: the axis.
+      params: those of the `gather`.
+    """
+
+    indices: Int[Array, "... 1"]
+    axis: int
+    params: Mapping[str, Any]
+
+
+def picked(bundle: Bundle, indices: Int[Array, "... axes"], params: Mapping[str, Any]) -> Pick | None:
+    """A `gather` of whole slices along one axis, where each has scales of its own; None for any other."""
+    indices, params = _without_idle(bundle.shape, indices, params)
+    axis = _axis_of(bundle.shape, params)
+    blocks = getattr(bundle, "blocks", (1,) * bundle.ndim)
+    return None if axis is None or blocks[axis] > 1 else Pick(indices, axis, params)
+
+
+def _without_idle(
     shape: tuple[int, ...], indices: Int[Array, "... axes"], params: Mapping[str, Any]
 ) -> tuple[Int[Array, "... picked"], Mapping[str, Any]]:
     """A `gather` without its indices along axes that it takes whole: clipped, they are 0 whatever they say.
@@ -28,7 +50,7 @@ def without_idle(
     return indices[..., np.array(used)], {**params, "dimension_numbers": numbers}
 
 
-def picked_axis(shape: tuple[int, ...], params: Mapping[str, Any]) -> int | None:
+def _axis_of(shape: tuple[int, ...], params: Mapping[str, Any]) -> int | None:
     """The one axis a `gather` picks whole slices along; None for any other kind of gather."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -44,24 +66,25 @@ def pick_matrices(param: Any, indices: Any, params: Mapping[str, Any]) -> Param 
     """The matrices that a `gather` picks of a stack (experts), still a parameter; None where it picks others."""
     if not isinstance(param, Param) or isinstance(indices, Param):
         return None
-    indices, params = without_idle(param.value.shape, indices, params)
-    rank, numbers = param.value.ndim, params["dimension_numbers"]
-    axis = picked_axis(param.value.shape, params)
-    if axis is None or rank < 3 or getattr(param.value, "blocks", (1,) * rank)[axis] > 1:
+    found, rank = picked(param.value, indices, params), param.value.ndim
+    if found is None or rank < 3:
         return None
+    indices, axis, params = found
+    numbers = params["dimension_numbers"]
     batch = indices.shape[:-1]
     picks = batch if numbers.collapsed_slice_dims else (*batch, 1)
     in_place = tuple(numbers.offset_dims) == (*range(axis), *range(axis + len(batch), rank - 1 + len(picks)))
     origin = param.origin.index(axis, picks) if param.origin and in_place else None
     index = jnp.clip(indices[..., 0], 0, param.value.shape[axis] - 1)
-    return param.view(pick(param.value, indices, axis, params), origin, index if origin else None)
+    return param.view(slices(param.value, found), origin, index if origin else None)
 
 
-def pick(bundle: Bundle, indices: Int[Array, "... 1"], axis: int, params: Mapping[str, Any]) -> Bundle:
-    """The slices of a bundle at `indices` along `axis`; NaN where `jnp.take` would fill in NaN.
+def slices(bundle: Bundle, pick: Pick) -> Bundle:
+    """The slices of a bundle; NaN where `jnp.take` would fill in NaN.
 
     Codes cannot hold a NaN, so the scale of a slice out of range does.
     """
+    indices, axis, params = pick
     n = bundle.shape[axis]
     safe = jnp.clip(indices, 0, n - 1)
 
@@ -70,9 +93,9 @@ def pick(bundle: Bundle, indices: Int[Array, "... 1"], axis: int, params: Mappin
         index = safe // (n // array.shape[axis])
         return jax.lax.gather(array, index, params["dimension_numbers"], sizes, mode="clip")
 
-    picked = jax.tree.map(part, bundle)
+    taken = jax.tree.map(part, bundle)
     if params["mode"] != GatherScatterMode.FILL_OR_DROP:
-        return picked
+        return taken
     outside = (indices != safe)[..., 0]
     mask = jnp.expand_dims(outside, tuple(params["dimension_numbers"].offset_dims))
 
@@ -80,4 +103,4 @@ def pick(bundle: Bundle, indices: Int[Array, "... 1"], axis: int, params: Mappin
         wide = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize > 1  # narrow floats are codes
         return jnp.where(mask, jnp.nan, array) if wide else array
 
-    return jax.tree.map(fill, picked)
+    return jax.tree.map(fill, taken)

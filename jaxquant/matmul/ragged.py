@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.format import Format
-from jaxquant.matmul.choice import FLOAT, INTEGER, WEIGHT_ONLY
-from jaxquant.matmul.integers import LONGEST
+from jaxquant.matmul.choice import FLOAT, INTEGER, not_in_integers
 from jaxquant.matmul.tokens import quantize_tokens
 from jaxquant.qtensor import QTensor, decode
 
@@ -28,17 +27,10 @@ class Ragged:
 
     def arithmetic(self, q: QTensor) -> tuple[str, str]:
         """How this will be computed, and why not in integers."""
-        if not q.is_integer:
-            return WEIGHT_ONLY, "its codes are not integers"
-        if q.zero is not None and not jnp.issubdtype(q.zero.dtype, jnp.integer):
-            return FLOAT, "its zero points are no integers"
-        if q.scale.shape[1] != 1 or q.scale.shape[2] not in (1, q.shape[2]) or q.scale.shape[0] not in (1, q.shape[0]):
-            return FLOAT, "its scales have groups"
-        if q.transform or q.kept is not None:
-            return FLOAT, "its inputs would have to be transformed"
-        if q.shape[1] > LONGEST:
-            return FLOAT, "its sums could overflow an int32"
-        return (INTEGER, "") if self.activations is not None else (WEIGHT_ONLY, "activations=None")
+        if known := not_in_integers(q, self.activations, q.shape[1]):
+            return known
+        in_groups = q.scale.shape[1] != 1 or any(q.scale.shape[axis] not in (1, q.shape[axis]) for axis in (0, 2))
+        return (FLOAT, "its scales have groups") if in_groups else (INTEGER, "")
 
     def forward(self, x: Float[Array, "M K"], q: QTensor, sizes: Int[Array, " E"]) -> Float[Array, "M N"]:
         """The product in the best arithmetic for the experts' format."""

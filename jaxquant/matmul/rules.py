@@ -15,7 +15,7 @@ from jaxquant.matmul.choice import FLOAT, INTEGER
 from jaxquant.matmul.conv import Conv
 from jaxquant.matmul.derivative import apply
 from jaxquant.matmul.dot import as_it_lies, make_dot
-from jaxquant.matmul.lookup import pick, pick_matrices, picked_axis, without_idle
+from jaxquant.matmul.lookup import pick_matrices, picked, slices
 from jaxquant.matmul.low_rank import correction
 from jaxquant.matmul.precision import float_dot
 from jaxquant.matmul.ragged import Ragged, is_plain
@@ -163,12 +163,11 @@ def _gather(inputs: Sequence, params: Mapping[str, Any], hear: Hear):
         return None
     if (matrices := pick_matrices(param, indices, params)) is not None:
         return matrices
-    indices, params = without_idle(param.value.shape, indices, params)
-    axis = picked_axis(param.value.shape, params)
-    if axis is None or param.value.blocks[axis] > 1:
+    rows = picked(param.value, indices, params)
+    if rows is None:
         return None
     hear(lambda: _meeting(param, "gather", indices, None, "look-up", "the rows it picks are decoded"))
-    return decode(pick(param.value, indices, axis, params))
+    return decode(slices(param.value, rows))
 
 
 def _fits(param, x, operation: str, hear: Hear) -> bool:

@@ -99,7 +99,7 @@ def _nest(pieces: int, groups: int) -> bool:
 def triton_dot(
     x: Shaped[Array, "M K"],
     codes: Shaped[Array, "K N"],
-    lines: Float[Array, "parts G N"],
+    slopes: Float[Array, "parts G N"],
     coding: Coding,
     cut: Tiles,
     interpret: bool = False,
@@ -109,16 +109,16 @@ def triton_dot(
     Args:
       x: int8 codes or floats.
       codes, coding: of the weight.
-      lines: the slopes of its groups, and their offsets where it has zero points.
+      slopes: those of its groups, and their offsets where it has zero points.
       cut: as `tiles` gives it.
       interpret: run the kernel as JAX operations, on any platform.
     """
     (rows, inputs), outputs = x.shape, codes.shape[1]
-    lines = jnp.repeat(lines, max(1, cut.pieces // lines.shape[1]), axis=1)  # a piece of a group is a group
+    slopes = jnp.repeat(slopes, max(1, cut.pieces // slopes.shape[1]), axis=1)  # a piece of a group is a group
     padded = math.ceil(rows / cut.rows) * cut.rows
     bytes_ = outputs // coding.packed
-    part = (inputs // cut.pieces, lines.shape[1] // cut.pieces)
-    parts = lines.shape[0]
+    part = (inputs // cut.pieces, slopes.shape[1] // cut.pieces)
+    parts = slopes.shape[0]
     out = pl.pallas_call(
         functools.partial(_kernel, coding=coding, step=cut.inputs),
         grid=(padded // cut.rows, bytes_ // cut.columns, cut.pieces),
@@ -132,7 +132,7 @@ def triton_dot(
         compiler_params=triton.CompilerParams(num_warps=8 if cut.rows == 128 else 4, num_stages=3),
         interpret=interpret,
         name=f"dot_{x.dtype}_{codes.dtype}",
-    )(jnp.pad(x, ((0, padded - rows), (0, 0))), _bytes(codes, coding), lines.reshape(parts, -1, bytes_, coding.packed))
+    )(jnp.pad(x, ((0, padded - rows), (0, 0))), _bytes(codes, coding), slopes.reshape(parts, -1, bytes_, coding.packed))
     return jnp.sum(out, axis=0).reshape(padded, outputs)[:rows]
 
 
@@ -142,9 +142,9 @@ def _bytes(codes: Shaped[Array, "K N"], coding: Coding) -> Shaped[Array, "K byte
     return jax.lax.bitcast_convert_type(codes, jnp.int8)
 
 
-def _kernel(x_ref, held_ref, lines_ref, out_ref, *, coding: Coding, step: int):
+def _kernel(x_ref, held_ref, slopes_ref, out_ref, *, coding: Coding, step: int):
     """One tile of the output, for one piece of the inputs: a sum over groups of sums over their members."""
-    (rows, inputs), columns, (parts, groups) = x_ref.shape, held_ref.shape[1], lines_ref.shape[:2]
+    (rows, inputs), columns, (parts, groups) = x_ref.shape, held_ref.shape[1], slopes_ref.shape[:2]
     total = jnp.int32 if x_ref.dtype == jnp.int8 else jnp.float32
     places, steps = range(coding.packed), inputs // groups // step
 
@@ -160,13 +160,13 @@ def _kernel(x_ref, held_ref, lines_ref, out_ref, *, coding: Coding, step: int):
         zeros = (*[jnp.zeros((rows, columns), total) for _ in places], *[jnp.zeros(rows, total)] * (parts - 1))
         sums = add(0, zeros) if steps == 1 else jax.lax.fori_loop(0, steps, add, zeros)
 
-        def line(part, place):
-            return triton.load(lines_ref.at[jnp.int32(part), group, :, jnp.int32(place)])[None]
+        def of_part(part, place):
+            return triton.load(slopes_ref.at[jnp.int32(part), group, :, jnp.int32(place)])[None]
 
-        scaled = [sums[place].astype(jnp.float32) * line(0, place) for place in places]
+        scaled = [sums[place].astype(jnp.float32) * of_part(0, place) for place in places]
         if parts == 2:
             taken = sums[-1].astype(jnp.float32)[:, None]
-            scaled = [s - taken * line(1, place) for place, s in enumerate(scaled)]
+            scaled = [s - taken * of_part(1, place) for place, s in enumerate(scaled)]
         return tuple(out + s for out, s in zip(outs, scaled, strict=True))
 
     outs = tuple(jnp.zeros((rows, columns), jnp.float32) for _ in places)
