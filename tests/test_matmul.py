@@ -818,6 +818,28 @@ def test_a_batch_under_vmap_is_more_rows(axes, turn, activations):
     assert close(jax.vmap(forward, (0, None))(stacked, xs[0]), jnp.stack([forward(q, xs[0]) for q in qs]))
 
 
+STACKED = {
+    "W8": (jq.int8, None),
+    "W4": (jq.int4(group=16), None),
+    "W4A8": (jq.int4(group=16), jq.int8),
+    "NF4": (jq.nf4(group=16), None),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("inputs_last", [False, True], ids=["as it comes", "inputs last"])
+@pytest.mark.parametrize("format, activations", **table(STACKED))
+def test_a_stack_is_multiplied_one_matrix_after_the_other(format, activations, inputs_last, rows):
+    """Law: an einsum of experts is the matmul of each, and no array is as large as the experts would be as floats."""
+    x, w = normal((6, rows, 64)), normal((6, 64, 96), 1)
+    q = jq.quantize(np.swapaxes(w, 1, 2), format, axis=-1) if inputs_last else jq.quantize(w, format)
+    fn = functools.partial(jnp.einsum, "ebk,enk->ebn" if inputs_last else "ebk,ekn->ebn")
+    run = jax.jit(jq.quantized(lambda q, x: fn(x, q), activations=activations)).lower(q, x).compile()
+    said = x if activations is None else rounded(x, activations, (2,))
+    assert close(run(q, x), np.asarray(fn(said, np.asarray(jq.dequantize(q)))), 1e-5)
+    assert not re.search(r"f32\[6,(64,96|96,64)\]", run.as_text())
+
+
 IN_PIECES = {
     f"{name}{' affine' if not symmetric else ''}": format(symmetric=symmetric)
     for name, format in {

@@ -1,6 +1,7 @@
 """What `vmap` makes of a product: a batch of activations alone is more rows of the same matmul.
 
-Left to itself it would batch the form that was chosen for the rows of one, and read the weight once for each.
+Left to itself it would batch the form that was chosen for the rows of one, and read the weight once for each. A batch
+of weights is the product of a stack of them, in the form that is chosen for a stack.
 """
 
 from collections.abc import Callable
@@ -8,30 +9,34 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxquant.qtensor import QTensor
 
 Product = Callable[[Array, QTensor], Float[Array, "..."]]
 
 
-def of_batches(product: Product, of_more: Callable[[], Product], place: int) -> Product:
-    """A product that `vmap` gives all its rows at once, unless it batches the weight too.
+def of_batches(
+    product: Product, of_rows: Callable[[], Product], of_stack: Callable[[], Product], place: int
+) -> Product:
+    """A product that `vmap` gives its whole batch at once.
 
     Args:
       product: `(x, q) -> out`.
-      of_more: gives the same product of activations that have one more axis, which comes first.
-      place: where that axis is in its result.
+      of_rows: gives the same product of activations that have one more axis, which comes first.
+      of_stack: gives that of activations and weights that both have one.
+      place: where that axis is in the result of the first.
     """
     own = custom_vmap(product)
 
     @own.def_vmap
     def _batch(size, batched, *operands):
-        del size
-        if any(jax.tree.leaves(batched[1])):
-            leaves, treedef = jax.tree.flatten(operands)
-            axes = [0 if has else None for has in jax.tree.leaves(batched)]
-            return jax.vmap(lambda *leaves: product(*treedef.unflatten(leaves)), axes)(*leaves), True
-        return jnp.moveaxis(of_more()(*operands), place, 0), True
+        if not any(jax.tree.leaves(batched[1])):
+            return jnp.moveaxis(of_rows()(*operands), place, 0), True
+
+        def every(part: Array, has: Bool[Array, ""] | bool) -> Array:
+            return part if has else jnp.broadcast_to(part, (size, *part.shape))
+
+        return of_stack()(*jax.tree.map(every, operands, tuple(batched))), True
 
     return own

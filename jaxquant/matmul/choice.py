@@ -1,7 +1,8 @@
 """The choice among the ways to multiply by a weight in codes, for a shape and a platform.
 
 Which one is fastest is known here and nowhere else; the ways themselves are `matmul.arithmetic`, those of a GPU
-`matmul.gpu`, and a part of the weight at a time `matmul.blocks`, `matmul.lines` and `matmul.pieces`.
+`matmul.gpu`, a part of the weight at a time `matmul.blocks`, `matmul.lines` and `matmul.pieces`, and one matrix of a
+stack after the other `matmul.stacks`.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array
@@ -32,6 +34,7 @@ from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 from jaxquant.matmul.precision import level, may_round
+from jaxquant.matmul.stacks import first_of, one_by_one
 from jaxquant.matmul.tokens import say
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
@@ -93,6 +96,20 @@ def choose(
       outliers: how many of each token's largest activations stay in floating point.
       precision: that of the product, as in its jaxpr.
     """
+    formats = activations, outliers, precision
+    if q.shape[0] > 1 and jax.device_count() == 1:
+        one = _of_matrix(rows, jax.eval_shape(first_of, q), inputs_last, *formats)
+        # XLA multiplies a stack of bytes as fast as one after the other.
+        of_bytes = one.arithmetic == INTEGER and q.scale.shape[1] == places_of(q.codes.dtype) == 1
+        if one.cpu is not None and not of_bytes:
+            return dataclasses.replace(one, cpu=one_by_one(one.cpu, inputs_last))
+    return _of_matrix(rows, q, inputs_last, *formats)
+
+
+def _of_matrix(
+    rows: int, q: QTensor, inputs_last: bool, activations: Format | None, outliers: int, precision: Any
+) -> Formulation:
+    """The formulation for a matrix, or for a stack that is multiplied as one is."""
     groups, inputs = q.scale.shape[1], q.shape[1]
     in_double = jnp.dtype(q.dtype).itemsize > 4
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.

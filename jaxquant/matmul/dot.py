@@ -57,12 +57,18 @@ class Dot:
         """The product in the best arithmetic for the weight's format."""
         outputs = _rest(q.ndim, self.contracted[1], self.batch[1])
         place = len(self.batch[0]) + (len(outputs) if self.weight_first else 0)
-        return of_batches(self._forward, lambda: self._of_more().forward, place)(x, q)
+        return of_batches(self._forward, lambda: self._of_rows().forward, lambda: self._of_stack().forward, place)(x, q)
 
-    def _of_more(self) -> "Dot":
+    def _of_rows(self) -> "Dot":
         """The same product of activations that have one more axis, which comes first."""
-        contracted, batch = ((tuple(axis + 1 for axis in x), w) for x, w in (self.contracted, self.batch))
+        contracted, batch = ((_moved(x), w) for x, w in (self.contracted, self.batch))
         return dataclasses.replace(self, contracted=contracted, batch=batch)
+
+    def _of_stack(self) -> "Dot":
+        """The same of activations and weights that both have one more, which goes along with that of the other."""
+        contracted, batch = ((_moved(x), _moved(w)) for x, w in (self.contracted, self.batch))
+        batch, memory = ((0, *batch[0]), (0, *batch[1])), (0, *_moved(self.memory))
+        return dataclasses.replace(self, contracted=contracted, batch=batch, memory=memory)
 
     def _forward(self, x: Float[Array, "..."], q: QTensor) -> Float[Array, "..."]:
         with within(self.precision):
@@ -162,6 +168,10 @@ class Dot:
         if self.weight_first:
             return jnp.swapaxes(out, 1, 2).reshape(*batch, *of_w, *of_x)
         return out.reshape(*batch, *of_x, *of_w)
+
+
+def _moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis + 1 for axis in axes)
 
 
 def _swap(pair: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -12,12 +12,10 @@ weight, and where inputs are split the results are added up.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.lax import Precision
@@ -35,7 +33,8 @@ def gpu_dot(x: Shaped[Array, "B M K"], q: QTensor, precision: Precision = Precis
     """`x @ decode(q)` in float32, of `x` in int8 codes or floats, without decoding."""
     slope = jnp.broadcast_to(q.scale.astype(jnp.float32), (q.shape[0], q.scale.shape[1], q.shape[2]))
     slopes = [slope] if q.zero is None else [slope, slope * q.zero.astype(jnp.float32)]
-    product, operands = _batched(Coding(q.codes.dtype, q.levels, precision)), (x, q.codes, jnp.stack(slopes, axis=1))
+    coding, operands = Coding(q.codes.dtype, q.levels, precision), (x, q.codes, jnp.stack(slopes, axis=1))
+    product = functools.partial(_on_devices, coding)
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
     if not explicit:
         return product(*operands)
@@ -47,27 +46,6 @@ def gpu_dot(x: Shaped[Array, "B M K"], q: QTensor, precision: Precision = Precis
 def gpu_dot_floats(x: Float[Array, "B M K"], q: QTensor, precision: Precision) -> Float[Array, "B M N"]:
     """The same in the dtype of the weight, so that a bfloat16 model multiplies in bfloat16."""
     return gpu_dot(x.astype(q.dtype), q, precision)
-
-
-def _batched(coding: Coding) -> Callable[..., Array]:
-    """The product under `vmap`: a batch of activations alone is more rows of the same matmul."""
-
-    @custom_vmap
-    def product(x, codes, slopes):
-        return _on_devices(coding, x, codes, slopes)
-
-    @product.def_vmap
-    def _batch(size, batched, x, codes, slopes):
-        b, m, k = x.shape[-3:]
-        if not any(batched[1:]):
-            out = product(jnp.swapaxes(x, 0, 1).reshape(b, size * m, k), codes, slopes)
-            return jnp.swapaxes(out.reshape(b, size, m, -1), 0, 1), True
-        parts = zip((x, codes, slopes), batched, strict=True)
-        every = [part if has else jnp.broadcast_to(part, (size, *part.shape)) for part, has in parts]
-        out = product(*(part.reshape(size * b, *part.shape[2:]) for part in every))
-        return out.reshape(size, b, m, -1), True
-
-    return product
 
 
 @functools.partial(custom_partitioning, static_argnums=(0,))
