@@ -119,6 +119,8 @@ def machine() -> dict[str, Any]:
     flags = facts.get("flags", "").split()
     return {
         "cpu": facts.get("model name", platform.processor()),
+        # Of a virtual machine the name does not tell: 25 is Zen 3 and 4 of AMD, 26 is Zen 5.
+        "family": facts.get("cpu family", ""),
         "cores": threads(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "backend": jax.default_backend(),
@@ -132,7 +134,7 @@ def title(what: str) -> str:
     """A table's title, with the machine under it."""
     m = machine()
     instructions = " ".join(m["instructions"]) or m["backend"]
-    return f"{what}\n{m['cpu']}, {m['cores']} cores, {instructions}; jax {m['jax']}, {m['date']}"
+    return f"{what}\n{m['cpu']} {m['family']}, {m['cores']} cores, {instructions}; jax {m['jax']}, {m['date']}"
 
 
 def options(doc: str, name: str, runs: int, seconds: float) -> argparse.ArgumentParser:

@@ -170,35 +170,36 @@ def _of_codes(
     rows: int, q: QTensor, inputs_last: bool, cpu: Run | None, narrow: Run | None, activations: Format, outliers: int
 ) -> Formulation:
     """Activations in codes; what a CPU does with decoded weights is known."""
-    groups, inputs = q.scale.shape[1], q.shape[1]
+    (_, inputs, outputs), groups = q.shape, q.scale.shape[1]
     outlying = {"outliers": min(outliers, inputs), "inputs_last": inputs_last}
     in_codes = functools.partial(integer, activations=activations, **outlying)
+    heard = functools.partial(say, activations=activations, outliers=outliers)
     product = functools.partial(grouped_dot, inputs_last=inputs_last)
     unpacked = None if inputs_last else by_inputs(rows, q)
     on_gpu = None if inputs_last else lambda codes, q: gpu_dot(*split_long(codes, q))
-    products = [product, unpacked and unpacked(product), on_gpu]
-    run, cpu_run, gpu = (
-        form and functools.partial(in_codes, product=functools.partial(of_tokens, product=form)) for form in products
+    run, by_blocks, gpu = (
+        form and functools.partial(in_codes, product=functools.partial(of_tokens, product=form))
+        for form in (product, unpacked and unpacked(product), on_gpu)
     )
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
-    heard = functools.partial(say, activations=activations, outliers=outliers)
     if inputs_last and 0 < rows <= _FEW_CODES and in_pieces(q):
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
+    of_said = cpu and (lambda x, q: cpu(heard(x, q), q))
     in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))
-    few = rows <= _FEW_BFLOATS or rows * inputs * q.shape[2] <= (_FEW_TURNED if inputs_last else _FEW_UPRIGHT)
-    if in_bfloats and groups == 1 and not few:
-        return Formulation(INTEGER, run=run, gpu=gpu, cpu=in_bfloats)
-    of_said = None if cpu is None else lambda x, q: cpu(heard(x, q), q)
-    of_decoded = in_bfloats if in_bfloats and q.dtype == jnp.bfloat16 else of_said
-    if inputs_last and groups == 1 and places_of(q.codes.dtype) > 1 and rows <= _FEW_UNPACKED and of_said is not None:
+    if groups == 1:
+        products = rows * inputs * outputs
+        many = rows > _FEW_BFLOATS and products > (_FEW_TURNED if inputs_last else _FEW_UPRIGHT)
         # Decoded lines are faster than an array of bytes, and as exact: the sums of what the codes say, in float32.
-        return Formulation(INTEGER, run=run, cpu=of_said)
-    if groups > 1 and (rows > _FEW_ROWS or inputs_last):
-        if cpu_run is not None:
-            return Formulation(INTEGER, say=heard, gpu=gpu, cpu=cpu_run)
-        reason = f"with {groups} groups and {rows} rows it is faster decoded"
-        return Formulation(FLOAT, reason if inputs_last else f"{reason} on CPU", say=heard, gpu=gpu, cpu=of_decoded)
-    return Formulation(INTEGER, run=run, gpu=gpu, cpu=cpu_run)
+        packed = inputs_last and places_of(q.codes.dtype) > 1 and rows <= _FEW_UNPACKED
+        best = (in_bfloats if many else None) or (of_said if packed else None) or by_blocks
+        return Formulation(INTEGER, run=run, gpu=gpu, cpu=best)
+    if rows <= _FEW_ROWS and not inputs_last:
+        return Formulation(INTEGER, run=run, gpu=gpu, cpu=by_blocks)
+    if by_blocks is not None:
+        return Formulation(INTEGER, say=heard, gpu=gpu, cpu=by_blocks)
+    reason = f"with {groups} groups and {rows} rows it is faster decoded"
+    of_decoded = in_bfloats if in_bfloats and q.dtype == jnp.bfloat16 else of_said
+    return Formulation(FLOAT, reason if inputs_last else f"{reason} on CPU", say=heard, gpu=gpu, cpu=of_decoded)
