@@ -119,7 +119,7 @@ def machine() -> dict[str, Any]:
     flags = facts.get("flags", "").split()
     return {
         "cpu": facts.get("model name", platform.processor()),
-        # Of a virtual machine the name does not tell: 25 is Zen 3 and 4 of AMD, 26 is Zen 5.
+        # The name of a virtual machine's CPU does not tell which it is: family 25 of AMD is Zen 3 or 4, 26 Zen 5.
         "family": facts.get("cpu family", ""),
         "cores": threads(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
@@ -134,7 +134,8 @@ def title(what: str) -> str:
     """A table's title, with the machine under it."""
     m = machine()
     instructions = " ".join(m["instructions"]) or m["backend"]
-    return f"{what}\n{m['cpu']} {m['family']}, {m['cores']} cores, {instructions}; jax {m['jax']}, {m['date']}"
+    family = f" family {m['family']}" if m["family"] else ""
+    return f"{what}\n{m['cpu']}{family}, {m['cores']} cores, {instructions}; jax {m['jax']}, {m['date']}"
 
 
 def options(doc: str, name: str, runs: int, seconds: float) -> argparse.ArgumentParser:

@@ -1,5 +1,7 @@
 """A turned weight stands for what it was before: the same function gives the same numbers."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from tables import exactly, same
 
 import jaxquant as jq
 from jaxquant.errors import AdapterError, NotQuantizableError
+from jaxquant.matmul import choice
 
 SHAPES = {"matrix": (3, 32, 24), "row": (1, 32, 24), "rows": (70, 32, 24)}
 PACKED = {
@@ -39,6 +42,20 @@ def test_turned_is_the_same_product(shape, format, activations):
     assert np.all(np.abs(run(turned, x) - run(q, x)) <= within)
     assert np.array_equal(jq.dequantize(turned["w"].upright), jq.dequantize(q["w"]))
     assert turned["w"].nbytes == q["w"].nbytes and turned["w"].shape == q["w"].shape
+
+
+@pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False), None], ids=["int8", "affine", "float"])
+@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False)], ids=["int8", "int8-affine"])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_a_large_weight_is_read_by_the_library(rows, format, activations, monkeypatch):
+    """Law: in codes or in three digits, it is the same product, and at a few rows one of whole numbers."""
+    monkeypatch.setattr(choice, "_LARGE", 0)
+    jax.clear_caches()
+    q, x = exactly(jq.quantize(normal(64, 48), format)), normal(rows, 64, seed=1)
+    forward = jax.jit(jq.quantized(lambda w, x: x @ w, activations=activations))
+    found, text = forward(jq.turned(q), x), forward.lower(jq.turned(q), x).as_text()
+    assert np.all(np.abs(found - forward(q, x)) <= 1e-5)
+    assert bool(re.search(r"dot_general.*xi8>, .*xi8>\) -> .*xi32>", text)) is (activations is not None or rows < 9)
 
 
 @pytest.mark.parametrize("activations", [jq.int8(symmetric=False), None], ids=["int8", "float"])
@@ -153,7 +170,7 @@ def test_what_is_turned_is_not_quantized_again():
 def test_highest_precision_keeps_every_bit_of_the_activations():
     """Law: a row of floats at the highest precision is a float32 product, and at the default one is not."""
     q, x = jq.turned(jq.quantize(normal(512, 64), jq.int8)), normal(1, 512, seed=1)
-    exact = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(jq.dequantize(q), np.float64)
 
     def off(precision):
         found = jax.jit(jq.quantized(lambda w, x: jnp.dot(x, w, precision=precision), activations=None))(q, x)

@@ -96,7 +96,7 @@ def _laid_out(layout: Callable[[Array], Array], x: Array) -> tuple[Array, Callab
     return layout(x), lambda moved: back(moved.astype(x.dtype))[0]
 
 
-# Compiled, because a NaN is an error to `quantize` where it sees one, and a NaN in the gradient everywhere else.
+# Compiled, so that a NaN becomes one in the gradient: `quantize` raises for those it sees.
 _product.defvjp(_forward, jax.jit(_backward, static_argnums=(0, 1)))
 
 Codes = tuple[Array, Float[Array, "..."]]

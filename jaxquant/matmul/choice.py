@@ -50,10 +50,13 @@ _FEW_ROWS = 4
 # Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, and
 # with them.
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
-# Up to this many rows of codes packed ones without groups are cheaper decoded than written out as bytes.
+# Up to this many rows of codes, packed weights without groups are cheaper decoded than written out as bytes.
 _FEW_UNPACKED = 8
-# Up to this many rows of codes, and of floats, sums in pieces are faster than XLA's library.
-_FEW_CODES, _FEW_FLOATS = 2, 1
+# Up to this many rows, and two of codes against packed ones, sums in pieces are faster than XLA's library,
+_FEW_IN_PIECES = 1
+# but for weights of this many bytes or more with a scale for each output: XLA reads those at the speed of memory, up to
+# this many rows of floats as three digits.
+_LARGE, _FEW_OF_LARGE = 2**23, 4
 # Up to this many rows decoded weights are multiplied as float32, beyond it as bfloat16 where a CPU has instructions for
 # that and bfloat16 holds them, or rounding is allowed.
 _FEW_HALVES = 16
@@ -98,12 +101,31 @@ def choose(
     """
     formats = activations, outliers, precision
     if q.shape[0] > 1 and jax.device_count() == 1:
-        one = _of_matrix(rows, jax.eval_shape(first_of, q), inputs_last, *formats)
-        # XLA multiplies a stack of bytes as fast as one after the other.
+        one = _of_matrix(rows, first_of(q), inputs_last, *formats)
+        # XLA multiplies a stack of bytes in integers as fast as one after the other.
         of_bytes = one.arithmetic == INTEGER and q.scale.shape[1] == places_of(q.codes.dtype) == 1
         if one.cpu is not None and not of_bytes:
             return dataclasses.replace(one, cpu=one_by_one(one.cpu, inputs_last))
     return _of_matrix(rows, q, inputs_last, *formats)
+
+
+def not_in_integers(q: QTensor, activations: Format | None, inputs: int) -> tuple[str, str] | None:
+    """What a product whose scales come after it is computed in, and why, where that is not integers; else None.
+
+    Args:
+      q: the weight.
+      activations: the format of the activations, or None.
+      inputs: how many of them a sum is of.
+    """
+    if not q.is_integer:
+        return WEIGHT_ONLY, "its codes are not integers"
+    if activations is None:
+        return WEIGHT_ONLY, "activations=None"
+    if q.zero is not None and not jnp.issubdtype(q.zero.dtype, jnp.integer):
+        return FLOAT, "its zero points are no integers"
+    if q.transform or q.kept is not None:
+        return FLOAT, "its inputs would have to be transformed"
+    return (FLOAT, "its sums could overflow an int32") if inputs > LONGEST else None
 
 
 def _of_matrix(
@@ -130,40 +152,26 @@ def _of_matrix(
     return _of_codes(rows, q, inputs_last, cpu, narrow, activations, outliers)
 
 
-def not_in_integers(q: QTensor, activations: Format | None, inputs: int) -> tuple[str, str] | None:
-    """What a product with one scale for each output is computed in, and why, where that is not integers.
-
-    Args:
-      q: the weight.
-      activations: the format of the activations, or None.
-      inputs: how many of them a sum is of.
-    """
-    if not q.is_integer:
-        return WEIGHT_ONLY, "its codes are not integers"
-    if activations is None:
-        return WEIGHT_ONLY, "activations=None"
-    if q.zero is not None and not jnp.issubdtype(q.zero.dtype, jnp.integer):
-        return FLOAT, "its zero points are no integers"
-    if q.transform or q.kept is not None:
-        return FLOAT, "its inputs would have to be transformed"
-    return (FLOAT, "its sums could overflow an int32") if inputs > LONGEST else None
-
-
 def _of_floats(
     rows: int, q: QTensor, inputs_last: bool, precision: Any, gpu: Run | None, cpu: Run | None
 ) -> Formulation:
     """Activations stay in floating point; what a GPU and a CPU do with decoded weights is known."""
     product, one_group = functools.partial(grouped_dot, inputs_last=inputs_last), q.scale.shape[1] == 1
-    exact = level(precision) != Precision.DEFAULT
     cpu = cpu or (floats if one_group and rows <= _FEW_DIGITS else None)
-    if inputs_last:
-        in_row = functools.partial(floats_in_pieces, rounds=may_round(precision))
-        cpu = in_row if 0 < rows <= _FEW_FLOATS and not exact and in_pieces(q) else cpu
-        return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
-    unpacked = by_inputs(rows, q)
-    few = 0 if exact else _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
-    cpu = functools.partial(digits, product=unpacked(product) if unpacked else product) if rows <= few else cpu
+    unpacked = None if inputs_last else by_inputs(rows, q)
+    few = _FEW_DIGITS if one_group else _FEW_GROUPED if unpacked else 0
+    few = few if not inputs_last else _FEW_OF_LARGE if _is_large(q) else 0
+    exact = level(precision) != Precision.DEFAULT
+    if rows <= few and not exact:
+        cpu = functools.partial(digits, product=unpacked(product) if unpacked else product)
+    elif inputs_last and 0 < rows <= _FEW_IN_PIECES and in_pieces(q) and not exact:
+        cpu = functools.partial(floats_in_pieces, rounds=may_round(precision))
     return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
+
+
+def _is_large(q: QTensor) -> bool:
+    """Whether a weight of bytes with a scale for each output is read at the speed of memory by XLA's library."""
+    return q.scale.shape[1] == places_of(q.codes.dtype) == 1 and q.shape[1] * q.shape[2] >= _LARGE
 
 
 def _of_codes(
@@ -184,7 +192,8 @@ def _of_codes(
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
-    if inputs_last and 0 < rows <= _FEW_CODES and in_pieces(q):
+    few = 0 if _is_large(q) else _FEW_IN_PIECES * min(2, places_of(q.codes.dtype))
+    if inputs_last and 0 < rows <= few and in_pieces(q):
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = cpu and (lambda x, q: cpu(heard(x, q), q))
@@ -192,7 +201,7 @@ def _of_codes(
     if groups == 1:
         products = rows * inputs * outputs
         many = rows > _FEW_BFLOATS and products > (_FEW_TURNED if inputs_last else _FEW_UPRIGHT)
-        # Decoded lines are faster than an array of bytes, and as exact: the sums of what the codes say, in float32.
+        # Decoded lines are faster than an array of bytes: the sums of what the codes say, in float32.
         packed = inputs_last and places_of(q.codes.dtype) > 1 and rows <= _FEW_UNPACKED
         best = (in_bfloats if many else None) or (of_said if packed else None) or by_blocks
         return Formulation(INTEGER, run=run, gpu=gpu, cpu=best)

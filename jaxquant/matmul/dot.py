@@ -57,7 +57,7 @@ class Dot:
         """The product in the best arithmetic for the weight's format."""
         outputs = _rest(q.ndim, self.contracted[1], self.batch[1])
         place = len(self.batch[0]) + (len(outputs) if self.weight_first else 0)
-        return of_batches(self._forward, lambda: self._of_rows().forward, lambda: self._of_stack().forward, place)(x, q)
+        return of_batches(self._forward, self._of_rows().forward, self._of_stack().forward, place)(x, q)
 
     def _of_rows(self) -> "Dot":
         """The same product of activations that have one more axis, which comes first."""
@@ -193,15 +193,15 @@ def _takes_inputs(q: QTensor) -> bool:
 
 
 def _spread(q: QTensor) -> QTensor:
-    """Gives scales that count groups along the batch or the outputs the full size there."""
+    """Gives what counts groups along the batch or the outputs the full size there."""
 
     def one(part):
         batch, groups, outputs = part.shape
         full = (batch if batch == 1 else q.shape[0], groups, outputs if outputs == 1 else q.shape[2])
         return views.expand(part, full)
 
-    zero = None if q.zero is None else one(q.zero)
-    return dataclasses.replace(q, scale=one(q.scale), zero=zero)
+    names = ("scale", "zero", "transform", "kept", "input_bound")
+    return dataclasses.replace(q, **{name: jax.tree.map(one, getattr(q, name)) for name in names})
 
 
 def make_dot(

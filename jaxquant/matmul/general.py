@@ -61,5 +61,6 @@ def dot_general(
     memory = swapped(weight.ndim) if is_turned(weight) else tuple(range(weight.ndim))
     q, numbers, memory = as_it_lies(upright(weight).settled, memory, dimension_numbers, first)
     dtype = preferred_element_type or jnp.promote_types(x.dtype, q.dtype)
+    q = q.astype(dtype) if jnp.dtype(dtype).itemsize > 4 else q
     out = apply(make_dot(numbers, first, (activations, outliers), precision, dtype, memory), x, q)
     return out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)

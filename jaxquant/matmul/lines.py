@@ -28,8 +28,10 @@ from jaxquant.qtensor import QTensor, decode
 # are two of them at least, and no more than this.
 _CACHE, _MULTIPLE, _FEWEST, _MOST = 2**23, 8, 2, 16
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
-# So many blocks at least, then: their results are put together row by row.
-_MANY_ROWS, _FEWEST_OF_MANY = 192, 4
+# So many blocks are aimed at, then: their results are put together row by row.
+_MANY_ROWS, _BLOCKS_OF_MANY = 192, 4
+# Up to this many bytes, decoded, a weight is not worth blocks.
+_SMALL = 2**14
 
 
 class Lines(NamedTuple):
@@ -94,11 +96,11 @@ def by_lines(rows: int, q: QTensor, inputs_last: bool) -> Callable[..., Array] |
     """
     (_, inputs, outputs), groups, places = q.shape, q.scale.shape[1], places_of(q.codes.dtype)
     many = rows >= _MANY_ROWS or not inputs_last
-    count = max(_FEWEST_OF_MANY if many else _FEWEST, -(-4 * inputs * outputs // _CACHE))
+    count = max(_BLOCKS_OF_MANY if many else _FEWEST, -(-4 * inputs * outputs // _CACHE))
     blocks = spans(outputs, min(count, _MOST), _MULTIPLE if inputs_last else _MULTIPLE * places)
     # A byte belongs to one group, and to one block.
     whole = (inputs // groups if inputs_last else outputs) % places == 0
-    if not whole or len(blocks) < _FEWEST or not is_alone(q):
+    if not whole or len(blocks) < _FEWEST or 4 * inputs * outputs <= _SMALL or not is_alone(q):
         return None
     return functools.partial(_by_lines, blocks=blocks, columns=not inputs_last, many=many)
 

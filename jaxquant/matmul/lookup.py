@@ -28,7 +28,7 @@ class Pick(NamedTuple):
 
 
 def picked(bundle: Bundle, indices: Int[Array, "... axes"], params: Mapping[str, Any]) -> Pick | None:
-    """A `gather` of whole slices along one axis, where each has scales of its own; None for any other."""
+    """A `gather` of whole slices along one axis, none of which a transform mixes with others; None for any other."""
     indices, params = _without_idle(bundle.shape, indices, params)
     axis = _axis_of(bundle.shape, params)
     blocks = getattr(bundle, "blocks", (1,) * bundle.ndim)

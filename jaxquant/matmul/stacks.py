@@ -20,8 +20,8 @@ Run = Callable[[Array, QTensor], Array]
 
 
 def first_of(q: QTensor) -> QTensor:
-    """The first matrix of a stack `[B, K, N]`, as a stack of one."""
-    return jax.tree.map(lambda part: part[:1], q)
+    """The shapes of the first matrix of a stack `[B, K, N]`, as a stack of one."""
+    return jax.tree.map(lambda part: jax.ShapeDtypeStruct((1, *part.shape[1:]), part.dtype), q)
 
 
 def one_by_one(run: Run, inputs_last: bool) -> Run:
@@ -39,7 +39,7 @@ def one_by_one(run: Run, inputs_last: bool) -> Run:
         codes, places = lying(q.codes), places_of(q.codes.dtype)
         if places > 1 and codes.shape[-1] % places == 0:  # or XLA would take them apart before the loop
             codes = Packed(bytes_of(codes), q.codes.dtype)
-        parts = dataclasses.replace(q, codes=codes)
+        parts = dataclasses.replace(q, codes=codes, master=None)
         parts = jax.tree.map(lambda part: jnp.broadcast_to(part, (len(x), *part.shape[1:])), parts)
 
         def one(operands: tuple[Array, QTensor]) -> Float[Array, "M N"]:
