@@ -64,6 +64,16 @@ def test_inputs_that_fill_no_byte(format, inputs, rows, outliers):
     assert off(found, x, jq.dequantize(q), axis=1) == 0
 
 
+@FLOAT_OR_CODES
+def test_a_stack_whose_inputs_fill_no_byte(activations):
+    """Law: packed codes that are no whole bytes go through a loop over matrices as they are."""
+    x, q = whole(4, 15), exactly(jq.quantize(normal((3, 20, 15), seed=1), jq.int4, axis=-1))
+    fn = lambda q, x: jnp.einsum("ebk,enk->ebn", x, q)  # noqa: E731
+    xs = jnp.stack([x, 2 * x, -x])
+    found, expected = jax.jit(jq.quantized(fn, activations=activations))(q, xs), fn(jq.dequantize(q), xs)
+    assert np.abs(found - expected).max() <= 2.0**-18 * np.abs(expected).max()
+
+
 LONG = 140_000  # 127 * 127 * LONG > 2^31
 
 
@@ -128,5 +138,6 @@ def test_a_model_in_float64_is_multiplied_in_float64(turn, rows):
         found = jax.jit(jq.quantized(lambda q, x: x @ q, activations=None))(turn(q), x)
         assert found.dtype == jnp.float64 and off(found, x, jq.dequantize(q)) <= 2.0**-50
         narrow = jq.quantize(normal((64, 40), seed=1))
-        found = jq.dot_general(x, turn(narrow), (((1,), (0,)), ((), ())), activations=None)
+        with jax.numpy_dtype_promotion("standard"):
+            found = jq.dot_general(x, turn(narrow), (((1,), (0,)), ((), ())), activations=None)
         assert found.dtype == jnp.float64 and off(found, x, jq.dequantize(narrow)) <= 2.0**-50

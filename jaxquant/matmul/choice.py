@@ -61,7 +61,7 @@ _LARGE, _FEW_OF_LARGE = 2**23, 4
 # that and bfloat16 holds them, or rounding is allowed.
 _FEW_HALVES = 16
 # So are codes, which are int8 up to this many rows, and up to this many multiplications as they come and turned.
-_FEW_BFLOATS, _FEW_UPRIGHT, _FEW_TURNED = 48, 100_000_000, 50_000_000
+_FEW_BFLOATS, _FEW_UPRIGHT, _FEW_TURNED = 48, 100_000_000, 20_000_000
 # From this many rows on it pays to put the results of decoded columns together outside of a loop.
 _MANY_COLUMNS = 192
 

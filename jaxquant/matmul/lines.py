@@ -25,13 +25,11 @@ from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, decode
 
 # A block is as large as the caches hold, decoded, and but for the last a multiple of what a core adds at once; there
-# are two of them at least, and no more than this.
-_CACHE, _MULTIPLE, _FEWEST, _MOST = 2**23, 8, 2, 16
+# are no more of them than this. Up to so many bytes, decoded, the whole is one.
+_CACHE, _MULTIPLE, _MOST, _WHOLE = 2**23, 8, 16, 2**21
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
-# So many blocks are aimed at, then: their results are put together row by row.
-_MANY_ROWS, _BLOCKS_OF_MANY = 192, 4
-# Up to this many bytes, decoded, a weight is not worth blocks.
-_SMALL = 2**14
+# Their results are put together row by row then. So many blocks are aimed at, of few rows and of many.
+_MANY_ROWS, _FEW_BLOCKS, _MORE_BLOCKS = 192, 2, 4
 
 
 class Lines(NamedTuple):
@@ -78,6 +76,8 @@ def block_of(lines: Lines, span: slice, never: Bool[Array, ""], columns: bool = 
     axis = 1 if columns else 0
     places = lines.scale.shape[axis] // lines.held.shape[axis]
     start, size = never.astype(jnp.int32) + span.start // places, (span.stop - span.start) // places
+    if size == lines.held.shape[axis]:  # where a slice of all of them begins is no secret
+        return lines._replace(held=jnp.where(never, jnp.zeros_like(lines.held), lines.held))
     held = jax.lax.dynamic_slice_in_dim(lines.held, start, size, axis)
     some = functools.partial(jax.lax.slice_in_dim, start_index=span.start, limit_index=span.stop, axis=axis)
     return Lines(held, *jax.tree.map(some, (lines.scale, lines.zero)))
@@ -96,11 +96,12 @@ def by_lines(rows: int, q: QTensor, inputs_last: bool) -> Callable[..., Array] |
     """
     (_, inputs, outputs), groups, places = q.shape, q.scale.shape[1], places_of(q.codes.dtype)
     many = rows >= _MANY_ROWS or not inputs_last
-    count = max(_BLOCKS_OF_MANY if many else _FEWEST, -(-4 * inputs * outputs // _CACHE))
+    bytes_ = 4 * inputs * outputs
+    count = 1 if bytes_ <= _WHOLE else max(_MORE_BLOCKS if many else _FEW_BLOCKS, -(-bytes_ // _CACHE))
     blocks = spans(outputs, min(count, _MOST), _MULTIPLE if inputs_last else _MULTIPLE * places)
     # A byte belongs to one group, and to one block.
     whole = (inputs // groups if inputs_last else outputs) % places == 0
-    if not whole or len(blocks) < _FEWEST or 4 * inputs * outputs <= _SMALL or not is_alone(q):
+    if not whole or not is_alone(q):
         return None
     return functools.partial(_by_lines, blocks=blocks, columns=not inputs_last, many=many)
 
