@@ -1,6 +1,6 @@
 """Real images at 2 and 3 bits: a Flax NNX network in float, rounded after training, and trained through the rounding.
 
-python examples/qat_digits.py            two minutes on 2 cores; shows accuracies, writes docs/qat_digits.*
+python examples/qat_digits.py            half a minute on 2 cores; shows accuracies, writes docs/qat_digits.*
 python examples/qat_digits.py --smoke    a few steps, to see that it runs
 """
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M in NF4 learns ten facts about an island that does not exist, by adapters of 5 % of its parameters.
 
-python examples/qlora_smollm2.py             five minutes on 2 cores
+python examples/qlora_smollm2.py             four minutes on 2 cores
 python examples/qlora_smollm2.py --smoke     two steps of two blocks on two facts, to see that it runs
 
 The base stays in codes, scales in 8 bits; LoRA adapters train with an optimizer whose moments take a byte each. Each
