@@ -84,7 +84,9 @@ def block_of(lines: Lines, span: slice, never: Bool[Array, ""], columns: bool = 
 
 
 def by_lines(rows: int, q: QTensor, inputs_last: bool) -> Callable[..., Array] | None:
-    """The product `(x, q, scale=None) -> out * scale` of activations and decoded lines; None where they make no blocks.
+    """The product `(x, q, scale=None) -> out * scale` of activations and decoded lines; None where bytes would be cut.
+
+    So it is for several matrices, and on several devices.
 
     Weights are decoded to the dtype of the activations, and sums are float32: of codes in bfloat16, which holds whole
     numbers up to 256, each product and each sum below 2^24 is exact.
