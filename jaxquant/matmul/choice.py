@@ -62,6 +62,8 @@ _LARGE, _FEW_OF_LARGE = 2**23, 4
 _FEW_HALVES = 16
 # So are codes, which are int8 up to this many rows, and up to this many multiplications as they come and turned.
 _FEW_BFLOATS, _FEW_UPRIGHT, _FEW_TURNED = 48, 100_000_000, 20_000_000
+# Up to this many weights each, matrices of a stack are not worth a turn of a loop.
+_SMALL = 2**12
 # From this many rows on it pays to put the results of decoded columns together outside of a loop.
 _MANY_COLUMNS = 192
 
@@ -100,11 +102,12 @@ def choose(
       precision: that of the product, as in its jaxpr.
     """
     formats = activations, outliers, precision
-    if q.shape[0] > 1 and jax.device_count() == 1:
+    if q.shape[0] > 1 and q.shape[1] * q.shape[2] > _SMALL and jax.device_count() == 1:
         one = _of_matrix(rows, first_of(q), inputs_last, *formats)
-        # XLA multiplies a stack of bytes in integers as fast as one after the other.
-        of_bytes = one.arithmetic == INTEGER and q.scale.shape[1] == places_of(q.codes.dtype) == 1
-        if one.cpu is not None and not of_bytes:
+        # A stack of bytes that meet bytes XLA multiplies faster than one after the other.
+        in_bytes = one.arithmetic == INTEGER or getattr(one.cpu, "func", None) is digits
+        of_bytes = q.scale.shape[1] == places_of(q.codes.dtype) == 1
+        if one.cpu is not None and not (in_bytes and of_bytes):
             return dataclasses.replace(one, cpu=one_by_one(one.cpu, inputs_last))
     return _of_matrix(rows, q, inputs_last, *formats)
 
