@@ -2,7 +2,7 @@
 
     out[b]  =  run(x[b], q[b])
 
-XLA multiplies a stack of int8 matrices as fast as one after the other. What is decoded it writes to memory, the whole
+XLA multiplies a stack of int8 matrices faster than one after the other. What is decoded it writes to memory, the whole
 stack of it, and the forms that decode a part at a time are those of a single matrix.
 """
 
