@@ -46,8 +46,8 @@ def test_blocks_of_lines_are_all_lines(outputs, count, multiple):
 @pytest.mark.parametrize("turn", [lambda q: q, jq.turned], ids=["as it comes", "turned"])
 @pytest.mark.parametrize("format", [jq.int8, jq.int4(group=64), jq.int2(group=64), jq.int4, jq.nf4], ids=str)
 def test_outputs_that_fill_no_byte_and_no_block(format, turn, rows, activations):
-    """Law: 515 outputs, enough of them to be taken in blocks, are multiplied as any number is."""
-    x, q = whole(rows, 512), exactly(jq.quantize(normal((512, 515), seed=1), format))
+    """Law: 1035 outputs, enough of them to be taken in blocks, are multiplied as any number is."""
+    x, q = whole(rows, 512), exactly(jq.quantize(normal((512, 1035), seed=1), format))
     found = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations))(turn(q), x)
     assert off(found, x, jq.dequantize(q)) <= (0 if activations and q.is_integer else 2.0**-18)
 
@@ -67,7 +67,7 @@ def test_inputs_that_fill_no_byte(format, inputs, rows, outliers):
 @FLOAT_OR_CODES
 def test_a_stack_whose_inputs_fill_no_byte(activations):
     """Law: packed codes that are no whole bytes go through a loop over matrices as they are, or meet codes at once."""
-    x, q = whole(4, 15), exactly(jq.quantize(normal((3, 300, 15), seed=1), jq.int4, axis=-1))
+    x, q = whole(4, 15), exactly(jq.quantize(normal((3, 1200, 15), seed=1), jq.int4, axis=-1))
     fn = lambda q, x: jnp.einsum("ebk,enk->ebn", x, q)  # noqa: E731
     xs = jnp.stack([x, 2 * x, -x])
     run = jax.jit(jq.quantized(fn, activations=activations))

@@ -64,7 +64,7 @@ def test_a_large_weight_is_read_by_the_library(rows, format, activations, monkey
 def test_packed_codes_are_turned_in_bytes(format, rows, activations):
     """A weight cut into blocks of lines, and one that cannot be, give the product of the upright one."""
     x = normal(rows, 32, seed=1)
-    for outputs in (24, 192):
+    for outputs in (24, 768):
         q = exactly(jq.quantize(normal(32, outputs), format))
         turned = jq.turned(q)
         assert turned.stored.codes.held.dtype == jnp.int8 and turned.nbytes == q.nbytes and turned.shape == q.shape

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from jaxquant.qtensor import QTensor, decode
 # are no more of them than this. Up to so many bytes, decoded, the whole is one.
 _CACHE, _MULTIPLE, _MOST, _WHOLE = 2**23, 8, 16, 2**21
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
-# Their results are put together row by row then. So many blocks are aimed at, of few rows and of many.
+# Their results are put together row by row then, and in float32 nothing comes after them, which would cost more than
+# decoding in full. So many blocks are aimed at, of few rows and of many.
 _MANY_ROWS, _FEW_BLOCKS, _MORE_BLOCKS = 192, 2, 4
 
 
@@ -134,7 +135,7 @@ def _of_lines(rows: Float[Array, "M K"], block: Lines, q: QTensor, many: bool) -
     apart = jnp.moveaxis(rows.reshape(count, inputs // places, places), 2, 0)
 
     def of(place: int) -> Float[Array, "..."]:
-        weight = _decoded(block._replace(held=unpacked(block.held, place, places)), q, rows.dtype)
+        weight = _decoded(block._replace(held=unpacked(block.held, place, places)), q, rows)
         return _dot(apart[place], weight, 1) if many else _dot(weight, apart[place], 1)
 
     return functools.reduce(operator.add, map(of, range(places)))
@@ -146,7 +147,7 @@ def _of_columns(rows: Float[Array, "M K"], block: Lines, q: QTensor) -> Float[Ar
 
     def of(place: int) -> Float[Array, "M N"]:
         scale, zero = jax.tree.map(lambda part: part[:, place::places], (block.scale, block.zero))
-        return _dot(rows, _decoded(Lines(unpacked(block.held, place, places), scale, zero), q, rows.dtype), 0)
+        return _dot(rows, _decoded(Lines(unpacked(block.held, place, places), scale, zero), q, rows), 0)
 
     return jnp.stack([of(place) for place in range(places)], axis=-1).reshape(len(rows), -1)
 
@@ -160,11 +161,12 @@ def _dot(left: Float[Array, "M K"], right: Float[Array, "..."], axis: int) -> Fl
     return jax.lax.dot_general(held[0], held[1], (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _decoded(part: Lines, q: QTensor, dtype: Any) -> Float[Array, "..."]:
+def _decoded(part: Lines, q: QTensor, rows: Float[Array, "M K"]) -> Float[Array, "..."]:
     """Codes of a byte with their scales and zero points, without those that come after the product."""
-    zero = None if _zero_comes_after(q, dtype) else part.zero
-    scale = jnp.ones_like(part.scale) if scale_comes_after(q) else part.scale
-    return decode(dataclasses.replace(q, codes=part.held, scale=scale, zero=zero, dtype=dtype))
+    scale_after, zero_after = _after(q, rows)
+    zero = None if zero_after else part.zero
+    scale = jnp.ones_like(part.scale) if scale_after else part.scale
+    return decode(dataclasses.replace(q, codes=part.held, scale=scale, zero=zero, dtype=rows.dtype))
 
 
 def _completed(
@@ -174,17 +176,25 @@ def _completed(
 
     A zero point comes as a product of one number for each group, which is cheaper than an addition for each weight.
     """
-    if block.zero is not None and _zero_comes_after(q, rows.dtype):
+    scale_after, zero_after = _after(q, rows)
+    if block.zero is not None and zero_after:
         groups = q.scale.shape[1]
-        zero = block.zero.astype(jnp.float32) * (1 if scale_comes_after(q) else block.scale)
+        zero = block.zero.astype(jnp.float32) * (1 if scale_after else block.scale)
         sums = jnp.sum(rows.reshape(len(rows), groups, rows.shape[1] // groups), axis=-1, dtype=jnp.float32)
         zero = zero if columns else zero.T
         total = total - (sums @ zero if many else (sums @ zero).T)
-    if scale_comes_after(q):
+    if scale_after:
         total = total * (block.scale.T if many and not columns else block.scale)
     return total if scale is None else total * (scale[0] if many else scale[0].T)
 
 
-def _zero_comes_after(q: QTensor, dtype: Any) -> bool:
-    """Unless the product of code and scale is rounded."""
-    return scale_comes_after(q) or dtype == jnp.float32
+def _after(q: QTensor, rows: Float[Array, "M K"]) -> tuple[bool, bool]:
+    """Whether the scales, and the zero points, come after a product.
+
+    Scales where a product has one for each output, zero points where that of code and scale is not rounded.
+    """
+    wide = rows.dtype == jnp.float32
+    if wide and len(rows) >= _MANY_ROWS:
+        return False, False
+    scale = scale_comes_after(q)
+    return scale, scale or wide
