@@ -138,6 +138,11 @@ def fit(
     )
     last = (axes[-1] + 1,) if format.group and axes else ()
     low, high = (jnp.asarray(clip) * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
+    return fit_range(low, high, format)
+
+
+def fit_range(low: Float[Array, "..."], high: Float[Array, "..."], format: Format) -> tuple[Array, Array]:
+    """The scale and zero point of ranges from `low <= 0` to `high >= 0`; zero is 0 for a symmetric format."""
     if format.symmetric:
         scale = jnp.maximum(-low, high) / format.qmax
         return positive(scale, high - low), jnp.zeros_like(scale)

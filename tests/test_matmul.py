@@ -20,11 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 from models import quickly_jitted
 from tables import SAMPLE, as_shipped, exactly, table
 
 import jaxquant as jq
 from jaxquant.errors import FormatError
+from jaxquant.finite import greatest
 from jaxquant.matmul import choice, lines
 from jaxquant.matmul.arithmetic import grouped_dot
 from jaxquant.matmul.blocks import _by_columns, _by_inputs
@@ -32,7 +35,7 @@ from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 from jaxquant.matmul.precision import level
-from jaxquant.matmul.tokens import Tokens
+from jaxquant.matmul.tokens import Tokens, quantize_tokens
 
 INTEGER = "int8 x int8 -> int32"
 
@@ -180,6 +183,30 @@ def test_one_row_is_never_an_integer_mat_vec_on_cpu():
     x, q = normal((1, 256)), jq.quantize(normal((256, 512), 1))
     text = jax.jit(jq.quantized(lambda q, x: x @ q)).lower(q, x).compile().as_text()
     assert set(re.findall(r"s32\[([\d,]+)\]\S* dot\(", text)) == {"2,512"}
+
+
+@given(st.lists(st.floats(width=32, allow_subnormal=False), min_size=1))
+def test_the_greatest_number_is_that_of_the_greatest_bits(numbers):
+    """Law: it is the greatest or 0; and that of the sizes is finite where all are, whatever the sign of a NaN."""
+    x = np.array(numbers, np.float32)
+    known = x[~np.isnan(x)]
+    assert np.array_equal(greatest(jnp.asarray(known), 0), [max(known, default=0) if max(known, default=0) > 0 else 0])
+    for signed in (x, -x):
+        of_sizes = greatest(jnp.abs(signed), 0)
+        assert np.isfinite(of_sizes) == np.isfinite(x).all()
+        assert np.array_equal(of_sizes, [np.abs(x).max()]) or not np.isfinite(of_sizes)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("format", [jq.int8, jq.int8(symmetric=False), jq.int4], ids=str)
+def test_tokens_have_the_codes_of_an_array(format, dtype, rows):
+    """Law: a token is quantized as a row of weights is, whichever way its range is found."""
+    x = jnp.asarray(normal((rows, 40)), dtype).at[0].set(0)
+    tokens, q = jax.jit(quantize_tokens, static_argnums=1)(x, format), jq.quantize(x, format, axis=-1)
+    zero = None if q.zero is None else q.zero.astype(jnp.float32)
+    assert np.array_equal(tokens.codes, q.codes) and np.array_equal(tokens.scale, q.scale)
+    assert (tokens.zero is None and zero is None) or np.array_equal(tokens.zero, zero)
 
 
 @every_weight

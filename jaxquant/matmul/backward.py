@@ -96,8 +96,7 @@ def _laid_out(layout: Callable[[Array], Array], x: Array) -> tuple[Array, Callab
     return layout(x), lambda moved: back(moved.astype(x.dtype))[0]
 
 
-# Compiled, so that a NaN becomes one in the gradient: `quantize` raises for those it sees.
-_product.defvjp(_forward, jax.jit(_backward, static_argnums=(0, 1)))
+_product.defvjp(_forward, _backward)
 
 Codes = tuple[Array, Float[Array, "..."]]
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int16, Int32
 
 from jaxquant.encode import positive
-from jaxquant.finite import are_finite
+from jaxquant.finite import greatest
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.matmul.integers import LONGEST
 from jaxquant.matmul.lines import Lines, block_of, lines_of, never_after, spans
@@ -56,17 +56,17 @@ def codes_in_pieces(tokens: Tokens, q: QTensor) -> Float[Array, "1 M N"]:
     never = never_after(tokens.scale)
     digits = _written([codes], never, q)
 
-    def one(lines: Lines, row: Sequence[Array], inputs: Int32[Array, " groups"]) -> Float[Array, " N"]:
+    def one(lines: Lines, row: Sequence[Array], inputs: Int32[Array, " groups"], scale: Array) -> Float[Array, " N"]:
         total = _products(lines, row[0], q)
         of_pieces = jnp.sum(total, axis=-1).reshape(len(total), groups, -1)
         # A product, because XLA would make one sum of two, too long for vector instructions.
         sums = of_pieces @ jnp.ones(of_pieces.shape[-1], jnp.int32)
         if lines.zero is not None:
             sums = sums.astype(lines.zero.dtype) - lines.zero * inputs[None].astype(lines.zero.dtype)
-        return jnp.sum(sums.astype(jnp.float32) * lines.scale, axis=-1)
+        return (sums.astype(jnp.float32) * lines.scale) @ jnp.broadcast_to(scale, (groups,))
 
     wide = q if q.zero is None else dataclasses.replace(q, zero=centre(q))
-    return tokens.scale * _by_rows(one, lines_of(wide), never, digits, inputs)
+    return _by_rows(one, lines_of(wide), never, digits, inputs, tokens.scale[0])
 
 
 def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor, rounds: bool = False) -> Float[Array, "1 M N"]:
@@ -79,8 +79,7 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor, rounds: bool = False)
     """
     rows, (largest, low) = x.shape[1], _widths(q, rounds)
     pieces = x[0].astype(jnp.float32).reshape(rows, -1, _piece(q))
-    finite = are_finite(pieces, -1)
-    top = jnp.max(jnp.abs(pieces), axis=-1, keepdims=True)
+    top = greatest(jnp.abs(pieces), -1)
     scale = positive(top / largest, top)
     whole = jnp.clip(jnp.round(pieces / scale), -largest, largest).astype(jnp.int32)
     never = never_after(scale)
@@ -92,9 +91,9 @@ def floats_in_pieces(x: Float[Array, "1 M K"], q: QTensor, rounds: bool = False)
         if lines.zero is not None:
             zero = expand(lines.zero, sums.shape).astype(jnp.float32)
             sums = sums - zero * inputs[None].astype(jnp.float32)
-        return jnp.sum(sums * (expand(lines.scale, sums.shape) * scale[None]), axis=-1)
+        return (sums * expand(lines.scale, sums.shape)) @ scale
 
-    inputs, scale = jnp.sum(whole, axis=-1), jnp.where(finite, scale, jnp.nan)[..., 0]
+    inputs, scale = jnp.sum(whole, axis=-1), jnp.where(jnp.isfinite(top), scale, jnp.nan)[..., 0]
     return _by_rows(one, lines_of(q), never, digits, inputs, scale)
 
 
@@ -131,8 +130,8 @@ def _by_rows(
     leaves, treedef = jax.tree.flatten(of_rows)
     rows = [treedef.unflatten(row) for row in zip(*leaves, strict=True)]
     parts = [block_of(lines, span, never) for span in spans(len(lines.held), 2)]
-    blocks = [jnp.stack([one(part, *row) for row in rows]) for part in parts]
-    return jnp.concatenate(blocks, axis=-1)[None]
+    blocks = [jnp.stack([one(part, *row) for row in rows], axis=-1) for part in parts]
+    return jnp.concatenate(blocks).T[None]
 
 
 def _sums(lines: Lines, digits: Sequence[Array], q: QTensor, low: int) -> Float[Array, "N pieces"]:
