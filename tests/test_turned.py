@@ -62,7 +62,7 @@ def test_a_large_weight_is_read_by_the_library(rows, format, activations, monkey
 @pytest.mark.parametrize("rows", [1, 9, 70])
 @pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
 def test_packed_codes_are_turned_in_bytes(format, rows, activations):
-    """A weight cut into blocks of lines, and one that cannot be, give the product of the upright one."""
+    """Decoded whole or as lines, and in pieces, they give the product of the upright one."""
     x = normal(rows, 32, seed=1)
     for outputs in (24, 768):
         q = exactly(jq.quantize(normal(32, outputs), format))

@@ -85,15 +85,15 @@ def folded(x: Float[Array, "B M K"], q: QTensor, run: Callable[[Array, QTensor],
 def digits(x: Float[Array, "B M K"], q: QTensor, product: Callable[[Array, QTensor], Array]) -> Float[Array, "B M N"]:
     """Float activations against integer codes without decoding them, where that is slow (CPU).
 
-    `x = s1 c1 + s2 c2 + s3 c3` with each digit the int8 code of what the ones before it left, half of their step at
-    most, which is exact to 2^-23 of the largest number of a token; the three rows cost what one does.
+    `x = s1 c1 + s2 c2 + s3 c3` with each digit the int8 code of what the ones before it left, which is exact to
+    2^-23 of the largest number of a token; the three rows cost what one does.
     """
-    rest, first = x.astype(jnp.float32), quantize_tokens(x, int8)
-    codes, scales = [first.codes], [first.scale]
-    for _ in range(2):
-        rest = rest - codes[-1].astype(jnp.float32) * scales[-1]
-        scales.append(jnp.maximum(scales[-1] / (2 * int8.qmax), jnp.finfo(jnp.float32).tiny))
-        codes.append(jnp.clip(jnp.round(rest / scales[-1]), -int8.qmax, int8.qmax).astype(jnp.int8))
+    rest, codes, scales = x.astype(jnp.float32), [], []
+    for _ in range(3):
+        digit = quantize_tokens(rest, int8)
+        rest = rest - digit.codes.astype(jnp.float32) * digit.scale
+        codes.append(digit.codes)
+        scales.append(digit.scale)
     parts = jnp.split(product(jnp.concatenate(codes, 1), q), 3, axis=1)
     return functools.reduce(operator.add, map(operator.mul, scales, parts))
 

@@ -96,7 +96,8 @@ def _laid_out(layout: Callable[[Array], Array], x: Array) -> tuple[Array, Callab
     return layout(x), lambda moved: back(moved.astype(x.dtype))[0]
 
 
-_product.defvjp(_forward, _backward)
+# Compiled, because it is called for every matmul of a step.
+_product.defvjp(_forward, jax.jit(_backward, static_argnums=(0, 1)))
 
 Codes = tuple[Array, Float[Array, "..."]]
 

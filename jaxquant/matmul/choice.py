@@ -62,8 +62,8 @@ _LARGE, _FEW_OF_LARGE = 2**23, 4
 _FEW_HALVES = 16
 # So are codes, which are int8 up to this many rows, and up to this many multiplications as they come and turned.
 _FEW_BFLOATS, _FEW_UPRIGHT, _FEW_TURNED = 48, 100_000_000, 20_000_000
-# Up to this many weights a matrix is worth neither blocks nor, in a stack, a turn of a loop.
-_SMALL = 2**14
+# Up to this many weights a matrix is not worth blocks, and in a stack not a turn of a loop.
+_SMALL, _SMALL_OF_STACK = 2**14, 2**12
 # From this many rows on it pays to put the results of decoded columns together outside of a loop.
 _MANY_COLUMNS = 192
 
@@ -102,10 +102,10 @@ def choose(
       precision: that of the product, as in its jaxpr.
     """
     formats = activations, outliers, precision
-    if q.shape[0] > 1 and not _is_small(q) and jax.device_count() == 1:
+    if q.shape[0] > 1 and q.shape[1] * q.shape[2] > _SMALL_OF_STACK and jax.device_count() == 1:
         one = _of_matrix(rows, first_of(q), inputs_last, *formats)
         # A stack of bytes that meet bytes XLA multiplies faster than one after the other.
-        in_bytes = one.arithmetic == INTEGER or (activations is None and _in_digits(rows, q, inputs_last, precision))
+        in_bytes = one.arithmetic == INTEGER or (activations is None and _is_in_digits(rows, q, inputs_last, precision))
         if one.cpu is not None and not (in_bytes and _is_of_bytes(q)):
             return dataclasses.replace(one, cpu=one_by_one(one.cpu, inputs_last))
     return _of_matrix(rows, q, inputs_last, *formats)
@@ -140,7 +140,7 @@ def _of_matrix(
     gpu = None if inputs_last or in_double else functools.partial(gpu_dot_floats, precision=level(precision))
     lines = None if in_double else by_lines(rows, q, inputs_last)
     loop = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else None
-    wide = lines and (floats if _is_small(q) else loop or lines)
+    wide = lines and (floats if q.shape[1] * q.shape[2] <= _SMALL else loop or lines)
     narrow = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
     cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow, rounds=may_round(precision))
     if not q.is_integer:
@@ -160,15 +160,15 @@ def _of_floats(
     """Activations stay in floating point; what a GPU and a CPU do with decoded weights is known."""
     product, one_group = functools.partial(grouped_dot, inputs_last=inputs_last), q.scale.shape[1] == 1
     cpu = cpu or (floats if one_group and rows <= _FEW_DIGITS else None)
-    if _in_digits(rows, q, inputs_last, precision):
+    if _is_in_digits(rows, q, inputs_last, precision):
         unpacked = None if inputs_last else by_inputs(rows, q)
         cpu = functools.partial(digits, product=unpacked(product) if unpacked else product)
-    elif inputs_last and _in_pieces(rows, q) and level(precision) == Precision.DEFAULT:
+    elif inputs_last and _is_in_pieces(rows, q) and level(precision) == Precision.DEFAULT:
         cpu = functools.partial(floats_in_pieces, rounds=may_round(precision))
     return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
 
 
-def _in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> bool:
+def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> bool:
     """Whether so few activations in floats meet a weight as three int8 digits on a CPU."""
     if not q.is_integer or level(precision) != Precision.DEFAULT:
         return False
@@ -178,14 +178,10 @@ def _in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> bool
     return rows <= few
 
 
-def _in_pieces(rows: int, q: QTensor) -> bool:
+def _is_in_pieces(rows: int, q: QTensor) -> bool:
     """Whether so few rows meet a weight whose inputs lie last in pieces on a CPU."""
     few = _FEW_IN_PIECES if places_of(q.codes.dtype) == 1 else _FEW_OF_PACKED
     return 0 < rows <= few and not _is_large(q) and in_pieces(q)
-
-
-def _is_small(q: QTensor) -> bool:
-    return q.shape[1] * q.shape[2] <= _SMALL
 
 
 def _is_of_bytes(q: QTensor) -> bool:
@@ -215,7 +211,7 @@ def _of_codes(
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
-    if inputs_last and _in_pieces(rows, q):
+    if inputs_last and _is_in_pieces(rows, q):
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = cpu and (lambda x, q: cpu(heard(x, q), q))

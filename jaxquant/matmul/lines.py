@@ -28,8 +28,8 @@ from jaxquant.qtensor import QTensor, decode
 # are no more of them than this. Up to so many bytes, decoded, the whole is one.
 _CACHE, _MULTIPLE, _MOST, _WHOLE = 2**23, 8, 16, 2**21
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
-# Their results are put together row by row then, and in float32 nothing comes after them, which would cost more than
-# decoding in full. So many blocks are aimed at, of few rows and of many.
+# Their results are put together row by row then, and in float32 nothing comes after them: another pass over so many
+# results costs more than decoding in full. So many blocks are aimed at, of few rows and of many.
 _MANY_ROWS, _FEW_BLOCKS, _MORE_BLOCKS = 192, 2, 4
 
 
@@ -191,7 +191,8 @@ def _completed(
 def _after(q: QTensor, rows: Float[Array, "M K"]) -> tuple[bool, bool]:
     """Whether the scales, and the zero points, come after a product.
 
-    Scales where a product has one for each output, zero points where that of code and scale is not rounded.
+    Scales where a product has one for each output, zero points where that of code and scale is not rounded, and neither
+    after many rows of float32.
     """
     wide = rows.dtype == jnp.float32
     if wide and len(rows) >= _MANY_ROWS:

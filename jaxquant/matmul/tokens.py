@@ -4,7 +4,6 @@ x[m, k] = scale[m] * (codes[m, k] - zero[m])  +  the outliers of token m
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,8 +15,8 @@ from jaxquant.finite import are_finite, greatest
 from jaxquant.format import Format
 from jaxquant.qtensor import QTensor
 
-# Up to this many tokens one pass over their bits is faster than three of XLA's library over the numbers.
-_FEW = 32
+# Up to this many numbers one pass over their bits is faster than three of XLA's library over the numbers themselves.
+_FEW = 2**16
 
 
 class Tokens(NamedTuple):
@@ -65,9 +64,7 @@ def _range(x: Float[Array, "..."], axis: Axes, symmetric: bool) -> tuple[Array, 
 
     For symmetric codes both are as large as its largest in size, where that is cheaper.
     """
-    shared = (axis,) if isinstance(axis, int) else axis
-    tokens = x.size // max(1, math.prod(x.shape[one] for one in shared))
-    if tokens > _FEW:
+    if x.size > _FEW:
         low, high = (of(x, axis, initial=0.0, keepdims=True) for of in (jnp.min, jnp.max))
         return low.astype(jnp.float32), high.astype(jnp.float32), are_finite(x, axis)
     high = greatest(jnp.abs(x) if symmetric else x, axis)
