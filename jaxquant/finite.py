@@ -30,7 +30,8 @@ def greatest(x: Float[Array, "..."], axis: int | Sequence[int]) -> Float[Array, 
     """The greatest number along the axes, which stay as 1, in float32, or 0 where none is above it.
 
     Positive floats have the order of their bits, and after them come infinity and NaN, so that the greatest tells
-    whether all are finite; a NaN with its sign set counts as below 0. Of whole numbers LLVM makes one vectorized pass.
+    whether all are finite; a NaN with its sign set counts as below 0. Of a few numbers one such pass is cheaper than a
+    maximum of floats and a sum.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return jax.lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=True, initial=0), jnp.float32)

@@ -185,11 +185,12 @@ def _is_in_pieces(rows: int, q: QTensor) -> bool:
 
 
 def _is_of_bytes(q: QTensor) -> bool:
+    """Whether a weight is bytes with a scale for each output."""
     return q.scale.shape[1] == places_of(q.codes.dtype) == 1
 
 
 def _is_large(q: QTensor) -> bool:
-    """Whether a weight of bytes with a scale for each output is read at the speed of memory by XLA's library."""
+    """Whether a weight is of bytes, and so large that XLA's library reads it at the speed of memory."""
     return _is_of_bytes(q) and q.shape[1] * q.shape[2] >= _LARGE
 
 
