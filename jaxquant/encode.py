@@ -132,13 +132,15 @@ def fit(
     """The scale and zero point of each group's range, in float32; zero is 0 for a symmetric format."""
     # Extremes are exact in any dtype, and a float32 copy of the whole array here would be kept for the quotient too.
     members, over = _grouped(w, format, axes if format.per_channel else tuple(range(w.ndim)))
-    low, high = (
-        jnp.min(members, over, initial=0.0, keepdims=True),
-        jnp.max(members, over, initial=0.0, keepdims=True),
-    )
+    low, high = extremes(members, over)
     last = (axes[-1] + 1,) if format.group and axes else ()
     low, high = (jnp.asarray(clip) * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
     return fit_range(low, high, format)
+
+
+def extremes(w: Float[Array, "..."], axes: Axes) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The least and the greatest number along the axes, which stay as 1, or 0, in the dtype of the array."""
+    return jnp.min(w, axes, initial=0.0, keepdims=True), jnp.max(w, axes, initial=0.0, keepdims=True)
 
 
 def fit_range(low: Float[Array, "..."], high: Float[Array, "..."], format: Format) -> tuple[Array, Array]:

@@ -52,7 +52,7 @@ _FEW_ROWS = 4
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, packed weights without groups are cheaper decoded than written out as bytes.
 _FEW_UNPACKED = 8
-# Up to this many rows, of bytes and of packed codes, sums in pieces are faster than XLA's library,
+# Up to this many rows, against bytes and against packed codes, sums in pieces are faster than XLA's library,
 _FEW_IN_PIECES, _FEW_OF_PACKED = 1, 2
 # but for weights of this many bytes or more with a scale for each output: XLA reads those at the speed of memory, up to
 # this many rows of floats as three digits.
@@ -163,7 +163,7 @@ def _of_floats(
     if _is_in_digits(rows, q, inputs_last, precision):
         unpacked = None if inputs_last else by_inputs(rows, q)
         cpu = functools.partial(digits, product=unpacked(product) if unpacked else product)
-    elif inputs_last and _is_in_pieces(rows, q) and level(precision) == Precision.DEFAULT:
+    elif _is_in_pieces(rows, q, inputs_last) and level(precision) == Precision.DEFAULT:
         cpu = functools.partial(floats_in_pieces, rounds=may_round(precision))
     return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
 
@@ -178,10 +178,10 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
     return rows <= few
 
 
-def _is_in_pieces(rows: int, q: QTensor) -> bool:
-    """Whether so few rows meet a weight whose inputs lie last in pieces on a CPU."""
+def _is_in_pieces(rows: int, q: QTensor, inputs_last: bool) -> bool:
+    """Whether so few rows meet a weight in pieces on a CPU."""
     few = _FEW_IN_PIECES if places_of(q.codes.dtype) == 1 else _FEW_OF_PACKED
-    return 0 < rows <= few and not _is_large(q) and in_pieces(q)
+    return inputs_last and 0 < rows <= few and not _is_large(q) and in_pieces(q)
 
 
 def _is_of_bytes(q: QTensor) -> bool:
@@ -212,7 +212,7 @@ def _of_codes(
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
-    if inputs_last and _is_in_pieces(rows, q):
+    if _is_in_pieces(rows, q, inputs_last):
         in_row = functools.partial(in_codes, product=codes_in_pieces)
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = cpu and (lambda x, q: cpu(heard(x, q), q))

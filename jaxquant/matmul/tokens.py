@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8
 
-from jaxquant.encode import Axes, fit_range, write
+from jaxquant.encode import Axes, extremes, fit_range, write
 from jaxquant.errors import FormatError
 from jaxquant.finite import are_finite, greatest
 from jaxquant.format import Format
@@ -65,7 +65,7 @@ def _range(x: Float[Array, "..."], axis: Axes, symmetric: bool) -> tuple[Array, 
     For symmetric codes both are as large as its largest in size, where that is cheaper.
     """
     if x.size > _FEW:
-        low, high = (of(x, axis, initial=0.0, keepdims=True) for of in (jnp.min, jnp.max))
+        low, high = extremes(x, axis)
         return low.astype(jnp.float32), high.astype(jnp.float32), are_finite(x, axis)
     high = greatest(jnp.abs(x) if symmetric else x, axis)
     low = high if symmetric else greatest(-x, axis)
