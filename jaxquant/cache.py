@@ -11,6 +11,7 @@ What is large in some is spread by a Hadamard matrix, which queries get too (Qua
 
 import dataclasses
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +20,25 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxquant.encode import quantize
-from jaxquant.errors import FormatError
+from jaxquant.errors import FormatError, ShapeError
 from jaxquant.format import Format, int8
 from jaxquant.inputs import block_length, hadamard
-from jaxquant.qtensor import QTensor, decode
+from jaxquant.packed import Packed, bytes_of, places_of, unpacked
+from jaxquant.qtensor import QTensor, decode, true_bytes
 
 Heads = Float[Array, "batch time heads width"]
 Position = Int[ArrayLike, ""]
 
+_AT_ONCE = 128  # queries of a prompt
+
 
 class Held(NamedTuple):
-    """The arrays of a `QTensor` that is no weight: `quantized` leaves it to the function it is an argument of."""
+    """The arrays of a `QTensor` that is no weight: `quantized` leaves it to the function it is an argument of.
 
-    codes: Any
+    All of them in bytes or floats: to write one token into an array of 4 bits, XLA on CPU would rewrite all of it.
+    """
+
+    held: Any
     scale: Any
     zero: Any
 
@@ -58,12 +65,12 @@ class KVCache:
     @property
     def keys(self) -> QTensor:
         """The keys `[batch, length, heads, width]` in codes, without `shift`, and rotated."""
-        return QTensor(*self.held_keys, dtype=self.shift.dtype, bits=self.format.bits)
+        return self._coded(self.held_keys)
 
     @property
     def values(self) -> QTensor:
         """The values `[batch, length, heads, width]` in codes."""
-        return QTensor(*self.held_values, dtype=self.shift.dtype, bits=self.format.bits)
+        return self._coded(self.held_values)
 
     @classmethod
     def empty(
@@ -78,11 +85,18 @@ class KVCache:
 
         Raises:
           FormatError: another kind of format.
-          ShapeError: the group does not divide the width.
+          ShapeError: the group does not divide the width, or ends within a byte.
         """
         if not format.is_integer or not format.per_channel:
             raise FormatError(
                 f"{format}: a cache is in integers with a scale per token and head, such as int8 or int4."
+            )
+
+        packed, member = places_of(format.container), format.group or width
+        if member % packed:
+            raise ShapeError(
+                f"{format}: {packed} codes share a byte, which {member} of them would cut; heads are {width} wide: use "
+                f"groups of a multiple of {packed}, or int8."
             )
 
         def blank() -> Held:  # every buffer its own, so that the cache can be donated
@@ -93,7 +107,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """The bytes it takes in memory: with heads of 64, 1.06 a number in int8 and 0.56 in int4."""
-        return self.keys.nbytes + self.values.nbytes + self.shift.nbytes
+        return sum(true_bytes(part) for part in jax.tree.leaves(self))
 
     def append(self, keys: Heads, values: Heads, position: Position) -> "KVCache":
         """Writes the keys and values of some tokens, from `position` on; what lies there is overwritten."""
@@ -120,12 +134,58 @@ class KVCache:
         Returns:
           The mixed values, of the shape of the queries.
         """
-        newest = jnp.asarray(position) + jnp.arange(queries.shape[1])
-        visible = jnp.arange(self.keys.shape[1])[None, :] <= newest[:, None]
-        keys, values = (decode(q.astype(jnp.float32)) for q in (self.keys, self.values))
-        turned = _rotated(queries.astype(jnp.float32))
-        mixed = jax.nn.dot_product_attention(turned, keys, values, mask=visible[None, None])
+        time, width = queries.shape[1], queries.shape[-1]
+        turned = _rotated(queries.astype(jnp.float32)) * width**-0.5
+        if time == 1:
+            mixed = self._mixed(turned, position)
+        else:
+            own = lambda: self._mixed_by_itself(turned)  # noqa: E731
+            mixed = jax.lax.cond(jnp.asarray(position) == 0, own, lambda: self._mixed(turned, position))
         return mixed.astype(queries.dtype)
+
+    def _mixed_by_itself(self, queries: Heads) -> Heads:
+        """Attention of a text that nothing came before: some queries after the other, to no later keys than theirs."""
+        ends = [(start, start + _AT_ONCE) for start in range(0, queries.shape[1], _AT_ONCE)]
+        parts = [self._first(end)._mixed(queries[:, start:end], start) for start, end in ends]
+        return jnp.concatenate(parts, axis=1)
+
+    def _first(self, tokens: int) -> "KVCache":
+        """The cache of the first tokens."""
+        keys, values = jax.tree.map(lambda part: part[:, :tokens], (self.held_keys, self.held_values))
+        return dataclasses.replace(self, held_keys=keys, held_values=values)
+
+    def _mixed(self, queries: Heads, position: Position) -> Heads:
+        """softmax(q k^T) v for queries that were rotated and scaled, in float32."""
+        batch, time, heads, width = queries.shape
+        length, kv_heads = self.held_keys.held.shape[1:3]
+        # The queries that share a key become more rows of one product.
+        rows = queries.swapaxes(1, 2).reshape(batch, kv_heads, heads // kv_heads * time, width)
+        keys, values = self._of_places(self.held_keys), self._of_places(self.held_values)
+        # Keys as the left operand, because XLA on CPU packs the right one anew at every call.
+        of_places = [
+            jnp.einsum("bskd,bkrd->bksr", part, rows[..., place :: len(keys)]) for place, part in enumerate(keys)
+        ]
+        scores = functools.reduce(operator.add, of_places).swapaxes(2, 3)
+        visible = jnp.arange(length)[None, :] <= jnp.asarray(position) + jnp.arange(time)[:, None]
+        visible = jnp.tile(visible, (heads // kv_heads, 1))
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+        mixed = jnp.stack([jnp.einsum("bkrs,bskd->bkrd", weights, part) for part in values], axis=-1)
+        return mixed.reshape(batch, heads, time, width).swapaxes(1, 2)
+
+    def _of_places(self, part: Held) -> list[Float[Array, "batch length heads bytes"]]:
+        """What the codes at each place of a byte stand for, in float32, their shift and rotation not undone."""
+        places, (groups, shape) = places_of(self.format.container), (part.scale.shape[-1], part.held.shape)
+        held = part.held.reshape(*shape[:-1], groups, shape[-1] // groups).astype(jnp.int16)
+        zero = 0 if part.zero is None else part.zero[..., None].astype(jnp.float32)
+        codes = [unpacked(held, place, places).astype(jnp.float32) for place in range(places)]
+        return [((code - zero) * part.scale[..., None]).reshape(shape) for code in codes]
+
+    def _coded(self, part: Held) -> QTensor:
+        """The same as a `QTensor`."""
+        container = self.format.container
+        zero = None if part.zero is None else part.zero.astype(container)
+        codes = Packed(part.held, container).codes
+        return QTensor(codes, part.scale, zero, self.shift.dtype, self.format.bits)
 
 
 def _rotated(heads: Heads) -> Heads:
@@ -140,4 +200,4 @@ def _put(old: Held, new: Heads, *, format: Format, position: Position) -> Held:
 
 def _held(heads: Heads, format: Format) -> Held:
     q = quantize(heads, format, axis=-1)
-    return Held(q.codes, q.scale, q.zero)
+    return Held(bytes_of(q.codes), q.scale, None if q.zero is None else q.zero.astype(jnp.int8))

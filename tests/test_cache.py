@@ -10,7 +10,8 @@ from models import normal
 from tables import same
 
 import jaxquant as jq
-from jaxquant.errors import FormatError
+from jaxquant import cache as cache_module
+from jaxquant.errors import FormatError, ShapeError
 
 FORMATS = {
     "int8": jq.int8,
@@ -24,10 +25,10 @@ BATCH, LENGTH, HEADS, SHARED, WIDTH = 2, 12, 3, 2, 16
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
 
-def filled(format, time=8, start=0):
+def filled(format, time=8, start=0, length=LENGTH):
     """A cache with some random tokens in it, and those tokens."""
     keys, values = normal(BATCH, time, HEADS, WIDTH, seed=1), 3 * normal(BATCH, time, HEADS, WIDTH, seed=2)
-    cache = jq.KVCache.empty(BATCH, LENGTH, HEADS, WIDTH, format)
+    cache = jq.KVCache.empty(BATCH, length, HEADS, WIDTH, format)
     return jax.jit(jq.KVCache.append)(cache, keys, values, start), keys, values
 
 
@@ -89,6 +90,17 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(format, time
     np.testing.assert_allclose(found, attention(queries, *cache.read(), position), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("format", [jq.int8, jq.int4(group=8, symmetric=False)], ids=["int8", "int4-group"])
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_long_prompt_sees_what_each_of_its_tokens_may(format, position):
+    """The same law for more queries than are taken at once, whether anything came before them or not."""
+    time = 2 * cache_module._AT_ONCE + 5
+    cache, _, _ = filled(format, time + position, length=time + 8)
+    queries = normal(BATCH, time, HEADS * SHARED, WIDTH, seed=5)
+    found = jax.jit(jq.KVCache.attend)(cache, queries, position)
+    np.testing.assert_allclose(found, attention(queries, *cache.read(), position), rtol=2e-5, atol=2e-5)
+
+
 # Each shape compiles anew.
 SHAPES = [(1, 1, 2), (2, 3, 8), (5, 2, 10), (9, 1, 10), (7, 3, 2)]
 
@@ -122,7 +134,7 @@ def test_bytes_and_dtypes():
 def test_a_donated_cache_is_updated_in_place(format):
     step = jax.jit(jq.KVCache.append, donate_argnums=0)
     cache, keys, values = filled(format)
-    old = cache.keys.codes
+    old = cache.held_keys.held
     cache = step(cache, keys[:, :1], values[:, :1], 8)
     assert old.is_deleted()
     compiled = step.lower(cache, keys[:, :1], values[:, :1], 8).compile().memory_analysis()
@@ -133,6 +145,12 @@ def test_a_donated_cache_is_updated_in_place(format):
 def test_other_formats_are_errors(format):
     with pytest.raises(FormatError, match="scale per token and head"):
         jq.KVCache.empty(1, 4, 1, 16, format)
+
+
+@pytest.mark.parametrize("width, group", [(15, None), (15, 5), (16, 1)])
+def test_codes_that_would_share_a_byte_with_another_group_are_errors(width, group):
+    with pytest.raises(ShapeError, match="multiple of 2"):
+        jq.KVCache.empty(1, 4, 1, width, jq.int4(group=group))
 
 
 def test_a_cache_is_no_weight():
