@@ -7,16 +7,21 @@ Two ways to call the model, with the same parameters:
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 HeadArray = Float[Array, "batch time heads head_width"]
+
+AT_ONCE = 128  # queries of a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,11 @@ class LayerCache:
 
     def attend(self, queries: HeadArray, position: Int[Array, ""]) -> HeadArray:
         """Attention of queries that begin at `position`."""
-        return attend(queries, self.keys, self.values, position)
+        keys, values, time = self.keys, self.values, queries.shape[1]
+        if time == 1:
+            return attend(queries, keys, values, position)
+        own = lambda: attend_to_itself(queries, keys[:, :time], values[:, :time])  # noqa: E731
+        return jax.lax.cond(position == 0, own, lambda: attend(queries, keys, values, position))
 
 
 @jax.tree_util.register_dataclass
@@ -101,31 +110,47 @@ class KVCache:
         return cls(layers, jnp.zeros((), jnp.int32))
 
 
-def rope(x: HeadArray, positions: Int[Array, "time"], config: LlamaConfig) -> HeadArray:
-    """Rotates neighbouring pairs (x[2i], x[2i+1]), as GGUF files order them, by position * base^(-2i / head_width)."""
+@functools.cache
+def rotations(config: LlamaConfig, length: int) -> Float[np.ndarray, "2 length pairs"]:
+    """The cosine and the sine of position * base^(-2i / head_width), for every position and pair i.
+
+    Constants of the program, because XLA would compute them anew in every layer.
+    """
     pairs = config.head_width // 2
-    frequencies = config.rope_base ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    frequencies = config.rope_base ** (-np.arange(pairs) / pairs)
     if config.rope_factors is not None:
-        frequencies = frequencies / jnp.asarray(config.rope_factors, jnp.float32)
-    angles = jnp.outer(positions.astype(jnp.float32), frequencies)[None, :, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+        frequencies = frequencies / np.asarray(config.rope_factors)
+    angles = np.outer(np.arange(length), frequencies)
+    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+
+def rope(x: HeadArray, turns: Float[Array, "2 time pairs"]) -> HeadArray:
+    """Rotates neighbouring pairs (x[2i], x[2i+1]), as GGUF files order them, by the angles of their positions."""
+    cos, sin = turns[:, None, :, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
-def attend(q: HeadArray, k: HeadArray, v: HeadArray, position: Int[Array, ""]) -> HeadArray:
+def attend(q: HeadArray, k: HeadArray, v: HeadArray, position: Int[ArrayLike, ""]) -> HeadArray:
     """Causal softmax attention of queries that begin at `position`; neighbouring query heads share a KV head."""
     batch, time, heads, head_width = q.shape
     length, kv_heads = k.shape[1:3]
     shared = heads // kv_heads
     # The queries that share a key become more rows of one matrix product, so that no key is copied.
     rows = q.swapaxes(1, 2).reshape(batch, kv_heads, shared * time, head_width)
-    scores = jnp.einsum("bkrd,bskd->bkrs", rows, k) * head_width**-0.5
+    # Keys as the left operand, because XLA on CPU packs the right one anew at every call.
+    scores = jnp.einsum("bskd,bkrd->bksr", k, rows).swapaxes(2, 3) * head_width**-0.5
     visible = jnp.arange(length)[None] <= position + jnp.arange(time)[:, None]
     visible = jnp.tile(visible, (shared, 1))[None, None]
     weights = nn.softmax(jnp.where(visible, scores, -jnp.inf))
     mixed = jnp.einsum("bkrs,bskd->bkrd", weights, v)
     return mixed.reshape(batch, heads, time, head_width).swapaxes(1, 2)
+
+
+def attend_to_itself(q: HeadArray, k: HeadArray, v: HeadArray) -> HeadArray:
+    """Attention of a text that nothing came before: some queries after the other, to no later keys than theirs."""
+    ends = [(start, start + AT_ONCE) for start in range(0, q.shape[1], AT_ONCE)]
+    return jnp.concatenate([attend(q[:, a:b], k[:, :b], v[:, :b], a) for a, b in ends], axis=1)
 
 
 def projections(x: Array, widths: dict[str, int], fused: bool) -> list[Array]:
@@ -148,11 +173,12 @@ class Attention(nn.Module):
         counts = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
         widths = {name: count * c.head_width for name, count in counts.items()}
         q, k, v = (y.reshape(batch, time, -1, c.head_width) for y in projections(x, widths, c.fused))
-        positions = position + jnp.arange(time)
-        q, k = rope(q, positions, c), rope(k, positions, c)
-        past = LayerCache(k, v) if past is None else past.append(k, v, position)
-        mixed = past.attend(q, position).reshape(batch, time, -1)
-        return nn.Dense(c.width, use_bias=False, name="output")(mixed), past
+        table = rotations(c, time if past is None else past.keys.shape[1])
+        turns = jax.lax.dynamic_slice_in_dim(table, position, time, axis=1)
+        q, k = rope(q, turns), rope(k, turns)
+        past = None if past is None else past.append(k, v, position)
+        mixed = attend_to_itself(q, k, v) if past is None else past.attend(q, position)
+        return nn.Dense(c.width, use_bias=False, name="output")(mixed.reshape(batch, time, -1)), past
 
 
 class MLP(nn.Module):
