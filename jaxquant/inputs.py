@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxquant.trace.views import expand
 
-_FACTOR = 32  # a wide Hadamard matrix is applied as a Kronecker product of matrices up to this wide
+_WIDEST = 64  # a wider Hadamard matrix is applied as a Kronecker product of matrices up to this wide
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["factor"], meta_fields=[])
@@ -161,8 +161,9 @@ def hadamard(x: Float[Array, "..."], axis: int, length: int) -> Float[Array, "..
     """Multiplies blocks of `length` (a power of two) along an axis by the orthogonal Hadamard matrix of that width."""
     if length == 1:
         return x
-    widths = [_FACTOR] * (_log2(length) // _log2(_FACTOR))
-    widths += [length // _FACTOR ** len(widths)]
+    # As few factors as are narrow enough, all of nearly the same width: a matmul of its own each.
+    factors = -(-_log2(length) // _log2(_WIDEST))
+    widths = [2 ** ((_log2(length) + place) // factors) for place in range(factors)]
     split = (*x.shape[:axis], x.shape[axis] // length, *widths, *x.shape[axis + 1 :])
     out = x.reshape(split)
     for place, width in enumerate(widths):
