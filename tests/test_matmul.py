@@ -698,7 +698,7 @@ def test_in_blocks_of_outputs_it_is_the_same_product(format):
 @pytest.mark.parametrize("format", **table(SAMPLE))
 def test_in_lines_it_is_the_same_product(format, inputs_last, rows, dtype, monkeypatch):
     """Law: each code meets its input, scale and zero point; whole numbers to 256 round nothing, in bfloat16 either."""
-    monkeypatch.setattr(lines, "_WHOLE", 0)  # several blocks, where so small a weight would be one
+    monkeypatch.setattr(lines, "_CACHE", 2**15)  # several blocks, where so small a weight would be one
     x = np.random.default_rng(0).integers(-9, 10, (1, rows, 64)).astype(np.float32)
     q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 384), 1)))
     product = lines.by_lines(rows, q, inputs_last)

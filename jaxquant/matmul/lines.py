@@ -25,12 +25,12 @@ from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, decode
 
 # A block is as large as the caches hold, decoded, and but for the last a multiple of what a core adds at once; there
-# are no more of them than this. Up to so many bytes, decoded, the whole is one.
+# are no more of them than this. Of few rows there are two, unless the whole, decoded, has so few bytes.
 _CACHE, _MULTIPLE, _MOST, _WHOLE = 2**23, 8, 16, 2**21
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
-# Their results are put together row by row then, and in float32 nothing comes after them: another pass over so many
-# results costs more than decoding in full. So many blocks are aimed at, of few rows and of many.
-_MANY_ROWS, _FEW_BLOCKS, _MORE_BLOCKS = 192, 2, 4
+# Their results are put together row by row then, which is a copy that a model waits for, and in float32 nothing comes
+# after them: another pass over so many results costs more than decoding in full.
+_MANY_ROWS = 192
 
 
 class Lines(NamedTuple):
@@ -100,7 +100,7 @@ def by_lines(rows: int, q: QTensor, inputs_last: bool) -> Callable[..., Array] |
     (_, inputs, outputs), groups, places = q.shape, q.scale.shape[1], places_of(q.codes.dtype)
     many = rows >= _MANY_ROWS or not inputs_last
     bytes_ = 4 * inputs * outputs
-    count = 1 if bytes_ <= _WHOLE else max(_MORE_BLOCKS if many else _FEW_BLOCKS, -(-bytes_ // _CACHE))
+    count = max(1 if many or bytes_ <= _WHOLE else 2, -(-bytes_ // _CACHE))
     blocks = spans(outputs, min(count, _MOST), _MULTIPLE if inputs_last else _MULTIPLE * places)
     # A byte belongs to one group, and to one block.
     whole = (inputs // groups if inputs_last else outputs) % places == 0
