@@ -33,12 +33,16 @@ IN_A_LOOP = "step of a loop on the device"
 
 
 def linear_layers(config: LlamaConfig, params: Any, x: jax.Array) -> jax.Array:
-    """Every matmul of a step, each on something that depends on the one before it."""
+    """Every matmul of a step, each on something that depends on all that the one before it gave."""
+
+    def narrowed(x: jax.Array, width: int) -> jax.Array:
+        return x[..., :width] + jnp.sum(x[..., width:], axis=-1, keepdims=True)
+
     tree = params["params"]
     for layer in range(config.layers):
         attention, mlp = tree[f"block_{layer}"]["attention"], tree[f"block_{layer}"]["mlp"]
-        x = (x @ attention["query_key_value"]["kernel"])[..., : config.width] @ attention["output"]["kernel"]
-        x = (x @ mlp["gate_up"]["kernel"])[..., : config.hidden] @ mlp["down"]["kernel"]
+        x = narrowed(x @ attention["query_key_value"]["kernel"], config.width) @ attention["output"]["kernel"]
+        x = narrowed(x @ mlp["gate_up"]["kernel"], config.hidden) @ mlp["down"]["kernel"]
     return x @ tree["embed"]["embedding"].T
 
 
