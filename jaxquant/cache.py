@@ -203,7 +203,7 @@ def _put(old: Held, new: Heads, *, format: Format, position: Position) -> Held:
 def _held(heads: Heads, format: Format) -> Held:
     """Tokens in codes, `x = (codes - zero / fineness) * scale`: a zero point has a byte, and uses all of it.
 
-    A whole one moves both ends of a range by up to half a step, which costs an int4 cache two fifths of its loss.
+    A whole one moves both ends of a range by up to half a step: a third of the loss of int4 in groups of 16.
     """
     q = quantize(heads, format, axis=-1)
     if q.zero is None:
