@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 
 HeadArray = Float[Array, "batch time heads head_width"]
 
-AT_ONCE = 128  # queries of a prompt
+# Queries of a prompt that are taken together, at least, and the most such blocks, each of which is compiled.
+QUERY_BLOCK, MOST_BLOCKS = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,17 @@ class LayerCache:
         keys, values, time = self.keys, self.values, queries.shape[1]
         if time == 1:
             return attend(queries, keys, values, position)
-        own = lambda: attend_to_itself(queries, keys[:, :time], values[:, :time])  # noqa: E731
-        return jax.lax.cond(position == 0, own, lambda: attend(queries, keys, values, position))
+        return jax.lax.cond(
+            position == 0,
+            lambda first: attend_to_itself(first, keys[:, :time], values[:, :time]),
+            lambda later: attend(later, keys, values, position),
+            queries,
+        )
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has room for."""
+        return self.keys.shape[1]
 
 
 @jax.tree_util.register_dataclass
@@ -99,12 +109,12 @@ class KVCache:
     def empty(
         cls, config: LlamaConfig, batch: int, length: int, layer: Callable[..., Any] = LayerCache.empty
     ) -> "KVCache":
-        """A cache with room for `length` tokens. What is written past its end overwrites the last ones.
+        """A cache with room for `length` tokens. What is written past its end overwrites the last, rotated as the last.
 
         Args:
           config: of the model.
           batch, length: how many texts, and of how many tokens.
-          layer: `(batch, length, heads, width)` to what one layer remembers; anything with `append` and `attend`.
+          layer: `(batch, length, heads, width)` to what one layer remembers, which has `length`, `append`, `attend`.
         """
         layers = tuple(layer(batch, length, config.kv_heads, config.head_width) for _ in range(config.layers))
         return cls(layers, jnp.zeros((), jnp.int32))
@@ -121,7 +131,9 @@ def rotations(config: LlamaConfig, length: int) -> Float[np.ndarray, "2 length p
     if config.rope_factors is not None:
         frequencies = frequencies / np.asarray(config.rope_factors)
     angles = np.outer(np.arange(length), frequencies)
-    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    turns = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    turns.setflags(write=False)
+    return turns
 
 
 def rope(x: HeadArray, turns: Float[Array, "2 time pairs"]) -> HeadArray:
@@ -148,8 +160,9 @@ def attend(q: HeadArray, k: HeadArray, v: HeadArray, position: Int[ArrayLike, ""
 
 
 def attend_to_itself(q: HeadArray, k: HeadArray, v: HeadArray) -> HeadArray:
-    """Attention of a text that nothing came before: some queries after the other, to no later keys than theirs."""
-    ends = [(start, start + AT_ONCE) for start in range(0, q.shape[1], AT_ONCE)]
+    """Attention of a text that nothing came before: blocks of queries, each to no later keys than its last's."""
+    size = max(QUERY_BLOCK, -(-q.shape[1] // MOST_BLOCKS))
+    ends = [(start, start + size) for start in range(0, q.shape[1], size)]
     return jnp.concatenate([attend(q[:, a:b], k[:, :b], v[:, :b], a) for a, b in ends], axis=1)
 
 
@@ -173,7 +186,7 @@ class Attention(nn.Module):
         counts = {"query": c.heads, "key": c.kv_heads, "value": c.kv_heads}
         widths = {name: count * c.head_width for name, count in counts.items()}
         q, k, v = (y.reshape(batch, time, -1, c.head_width) for y in projections(x, widths, c.fused))
-        table = rotations(c, time if past is None else past.keys.shape[1])
+        table = rotations(c, time if past is None else past.length)
         turns = jax.lax.dynamic_slice_in_dim(table, position, time, axis=1)
         q, k = rope(q, turns), rope(k, turns)
         past = None if past is None else past.append(k, v, position)

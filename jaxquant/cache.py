@@ -29,7 +29,9 @@ from jaxquant.qtensor import QTensor, decode, true_bytes
 Heads = Float[Array, "batch time heads width"]
 Position = Int[ArrayLike, ""]
 
-_AT_ONCE = 128  # queries of a prompt
+# Queries of a prompt that are taken together, at least, and the most such blocks: fewer would meet more keys after
+# theirs, which is work for nothing, and each block is one more to compile.
+_QUERY_BLOCK, _MOST_BLOCKS = 128, 8
 
 
 class Held(NamedTuple):
@@ -105,6 +107,11 @@ class KVCache:
         return cls(blank(), blank(), jnp.zeros((batch, 1, heads, width), dtype), format)
 
     @property
+    def length(self) -> int:
+        """How many tokens it has room for."""
+        return self.held_keys.held.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """The bytes it takes in memory: with heads of 64, 1.06 a number in int8 and 0.56 in int4."""
         return sum(true_bytes(part) for part in jax.tree.leaves(self))
@@ -134,18 +141,17 @@ class KVCache:
         Returns:
           The mixed values, of the shape of the queries.
         """
-        time, width = queries.shape[1], queries.shape[-1]
-        turned = _rotated(queries.astype(jnp.float32)) * width**-0.5
-        if time == 1:
-            mixed = self._mixed(turned, position)
-        else:
-            own = lambda: self._mixed_by_itself(turned)  # noqa: E731
-            mixed = jax.lax.cond(jnp.asarray(position) == 0, own, lambda: self._mixed(turned, position))
+        position, later = jnp.asarray(position), functools.partial(self._mixed, position=position)
+        turned = _rotated(queries.astype(jnp.float32)) * queries.shape[-1] ** -0.5
+        one = queries.shape[1] == 1
+        mixed = later(turned) if one else jax.lax.cond(position == 0, self._mixed_by_itself, later, turned)
         return mixed.astype(queries.dtype)
 
     def _mixed_by_itself(self, queries: Heads) -> Heads:
-        """Attention of a text that nothing came before: some queries after the other, to no later keys than theirs."""
-        ends = [(start, start + _AT_ONCE) for start in range(0, queries.shape[1], _AT_ONCE)]
+        """Attention of a text that nothing came before: blocks of queries, each to no later keys than its last's."""
+        time = queries.shape[1]
+        size = max(_QUERY_BLOCK, -(-time // _MOST_BLOCKS))
+        ends = [(start, min(start + size, time)) for start in range(0, time, size)]
         parts = [self._first(end)._mixed(queries[:, start:end], start) for start, end in ends]
         return jnp.concatenate(parts, axis=1)
 
@@ -157,7 +163,7 @@ class KVCache:
     def _mixed(self, queries: Heads, position: Position) -> Heads:
         """softmax(q k^T) v for queries that were rotated and scaled, in float32."""
         batch, time, heads, width = queries.shape
-        length, kv_heads = self.held_keys.held.shape[1:3]
+        kv_heads = self.held_keys.held.shape[2]
         # The queries that share a key become more rows of one product.
         rows = queries.swapaxes(1, 2).reshape(batch, kv_heads, heads // kv_heads * time, width)
         keys, values = self._of_places(self.held_keys), self._of_places(self.held_values)
@@ -166,14 +172,14 @@ class KVCache:
             jnp.einsum("bskd,bkrd->bksr", part, rows[..., place :: len(keys)]) for place, part in enumerate(keys)
         ]
         scores = functools.reduce(operator.add, of_places).swapaxes(2, 3)
-        visible = jnp.arange(length)[None, :] <= jnp.asarray(position) + jnp.arange(time)[:, None]
+        visible = jnp.arange(self.length)[None, :] <= jnp.asarray(position) + jnp.arange(time)[:, None]
         visible = jnp.tile(visible, (heads // kv_heads, 1))
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         mixed = jnp.stack([jnp.einsum("bkrs,bskd->bkrd", weights, part) for part in values], axis=-1)
         return mixed.reshape(batch, heads, time, width).swapaxes(1, 2)
 
     def _of_places(self, part: Held) -> list[Float[Array, "batch length heads bytes"]]:
-        """What the codes at each place of a byte stand for, in float32, their shift and rotation not undone."""
+        """`(code - zero) * scale` of the codes at each place of a byte, in float32, shift and rotation not undone."""
         places, (groups, shape) = places_of(self.format.container), (part.scale.shape[-1], part.held.shape)
         held = part.held.reshape(*shape[:-1], groups, shape[-1] // groups).astype(jnp.int16)
         zero = 0 if part.zero is None else self._zero(part)[..., None]
@@ -181,12 +187,13 @@ class KVCache:
         return [((code - zero) * part.scale[..., None]).reshape(shape) for code in codes]
 
     def _coded(self, part: Held) -> QTensor:
-        """The same as a `QTensor`."""
+        """Keys or values as a `QTensor`, whose zero points are fractions."""
         zero = None if part.zero is None else self._zero(part)
         codes = Packed(part.held, self.format.container).codes
         return QTensor(codes, part.scale, zero, self.shift.dtype, self.format.bits)
 
     def _zero(self, part: Held) -> Float[Array, "batch length heads groups"]:
+        """The zero points in steps."""
         return part.zero.astype(jnp.float32) / _fineness(self.format)
 
 

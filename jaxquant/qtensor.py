@@ -49,8 +49,8 @@ class QTensor:
       codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count; in a
         turned weight as `Packed` bytes.
       scale: float32; each axis divides the same axis of `codes`. Or a `QTensor` of it (`double_quantize`).
-      zero: zero point of the shape of `scale`, or None for a symmetric format. Formats have integers; float32 ones come
-        from files whose offsets are no whole number of steps (`load_gguf`).
+      zero: zero point of the shape of `scale`, or None for a symmetric format. Formats have integers; float32 ones,
+        no whole number of steps, come from files (`load_gguf`) and from a `KVCache`.
       dtype: static; the float dtype the array had, and has again when decoded.
       bits: static; the width of a code (3-bit codes live in a 4-bit container).
       levels: static; the codebook, or None.

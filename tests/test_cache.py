@@ -19,6 +19,8 @@ FORMATS = {
     "int4": jq.int4,
     "int4-affine": jq.int4(symmetric=False),
     "int4-group": jq.int4(group=8, symmetric=False),
+    "int3-affine": jq.int3(symmetric=False),
+    "int2-group": jq.int2(group=8, symmetric=False),
 }
 BATCH, LENGTH, HEADS, SHARED, WIDTH = 2, 12, 3, 2, 16
 
@@ -102,11 +104,31 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(format, time
 @pytest.mark.parametrize("position", [0, 3])
 def test_a_long_prompt_sees_what_each_of_its_tokens_may(format, position):
     """The same law for more queries than are taken at once, whether anything came before them or not."""
-    time = 2 * cache_module._AT_ONCE + 5
+    time = 2 * cache_module._QUERY_BLOCK + 5
     cache, _, _ = filled(format, time + position, length=time + 8)
     queries = normal(BATCH, time, HEADS * SHARED, WIDTH, seed=5)
     found = jax.jit(jq.KVCache.attend)(cache, queries, position)
     np.testing.assert_allclose(found, attention(queries, *cache.read(), position), rtol=2e-5, atol=2e-5)
+
+
+def test_texts_of_a_batch_may_be_at_places_of_their_own():
+    """Law: `vmap` over caches and positions is attention of one after the other, at the beginning and later."""
+    cache, _, _ = filled(jq.int8, LENGTH)
+    queries, positions = normal(2, 1, 3, HEADS * SHARED, WIDTH, seed=5), jnp.asarray([0, 6])
+    found = jax.vmap(lambda q, p: jax.tree.map(lambda part: part[:1], cache).attend(q, p))(queries, positions)
+    for one, q, position in zip(found, queries, positions, strict=True):
+        np.testing.assert_allclose(
+            one, attention(q, *(part[:1] for part in cache.read()), int(position)), rtol=2e-5, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("shift", [-9.0, 0.0, 9.0], ids=["below zero", "both", "above zero"])
+@pytest.mark.parametrize("format", [jq.int8(symmetric=False), jq.int4(symmetric=False), jq.int2(symmetric=False)])
+def test_zero_points_of_any_range_have_room_in_a_byte(format, shift):
+    values = normal(BATCH, 4, HEADS, WIDTH, seed=2) + shift
+    cache = jq.KVCache.empty(BATCH, 4, HEADS, WIDTH, format).append(values, values, 0)
+    step = np.asarray(cache.values.scale)
+    assert np.all(np.abs(cache.read()[1] - values) <= (0.5 + 2.0 ** (format.bits - 9) + 1e-3) * step)
 
 
 # Each shape compiles anew.

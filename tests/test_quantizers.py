@@ -513,7 +513,7 @@ def test_powers_of_two_make_transforms_exact(steps, rows, activations):
 # The inputs' transforms.
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 32, 64, 1024])
+@pytest.mark.parametrize("length", [1, 2, 8, 32, 64, 128, 512, 1024])
 def test_hadamard_is_orthogonal_symmetric_and_its_own_inverse(length):
     """Law: H_2n = [[H, H], [H, -H]] / sqrt 2, so H = H^T and H H = 1, along any axis, block by block."""
     h = functools.reduce(np.kron, [np.array([[1.0, 1], [1, -1]])] * (length.bit_length() - 1), np.eye(1))

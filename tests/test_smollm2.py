@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import smollm2
 from generation import generate, generate_step
-from llama import AT_ONCE, KVCache, Llama, LlamaConfig, fused
+from llama import QUERY_BLOCK, KVCache, Llama, LlamaConfig, fused
 from models import jitted_as_shipped
 
 import jaxquant as jq
@@ -173,12 +173,16 @@ def test_cached_decoding_is_the_forward(config):
 
 
 def test_a_prompt_longer_than_is_read_at_once_is_the_forward():
-    """Of a text that nothing came before, of one that something did, and with no cache, each in blocks of its own."""
-    params, apply, tokens = init(TINY), jitted(TINY), random_tokens(TINY, 1, 2 * AT_ONCE + 40)
+    """Of a text that nothing came before, in blocks, of one that something did, and with no cache."""
+    params, apply, tokens = init(TINY), jitted(TINY), random_tokens(TINY, 1, 2 * QUERY_BLOCK + 40)
     whole, _ = apply(params, tokens)
-    one_by_one = [apply(params, tokens[:, : index + 1])[0][:, -1] for index in (AT_ONCE - 1, AT_ONCE, 2 * AT_ONCE)]
-    np.testing.assert_allclose(whole[:, [AT_ONCE - 1, AT_ONCE, 2 * AT_ONCE]], jnp.stack(one_by_one, axis=1), atol=1e-5)
-    for cut in (1, AT_ONCE + 20):
+    one_by_one = [
+        apply(params, tokens[:, : index + 1])[0][:, -1] for index in (QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK)
+    ]
+    np.testing.assert_allclose(
+        whole[:, [QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK]], jnp.stack(one_by_one, axis=1), atol=1e-5
+    )
+    for cut in (1, QUERY_BLOCK + 20):
         first, cache = apply(params, tokens[:, :cut], KVCache.empty(TINY, 1, tokens.shape[1]))
         rest, _ = apply(params, tokens[:, cut:], cache)
         np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)

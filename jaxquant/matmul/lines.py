@@ -25,7 +25,7 @@ from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, decode
 
 # A block is as large as the caches hold, decoded, and but for the last a multiple of what a core adds at once; there
-# are no more of them than this. Of few rows there are two, unless the whole, decoded, has so few bytes.
+# are no more of them than this. Of few rows there are at least two, unless the whole, decoded, has so few bytes.
 _CACHE, _MULTIPLE, _MOST, _WHOLE = 2**23, 8, 16, 2**21
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
 # Their results are put together row by row then, which is a copy that a model waits for, and in float32 nothing comes
