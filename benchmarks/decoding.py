@@ -2,9 +2,9 @@
 
 python benchmarks/decoding.py
 
-The parts are programs of their own: all linear layers one after the other with nothing between them, and attention
-alone over a cache of the same length. What is left is norms, rotations, residuals, writing the cache, and dispatching
-every operation that XLA did not fuse.
+The parts are programs of their own: all linear layers one after the other, with a sum between them that uses all they
+give, and attention alone over a cache of the same length. What is left is norms, rotations, residuals, writing the
+cache, and dispatching every operation that XLA did not fuse.
 """
 
 import functools
