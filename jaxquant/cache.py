@@ -179,12 +179,14 @@ class KVCache:
         return mixed.reshape(batch, heads, time, width).swapaxes(1, 2)
 
     def _of_places(self, part: Held) -> list[Float[Array, "batch length heads bytes"]]:
-        """`(code - zero) * scale` of the codes at each place of a byte, in float32, shift and rotation not undone."""
-        places, (groups, shape) = places_of(self.format.container), (part.scale.shape[-1], part.held.shape)
-        held = part.held.reshape(*shape[:-1], groups, shape[-1] // groups).astype(jnp.int16)
-        zero = 0 if part.zero is None else self._zero(part)[..., None]
-        codes = [unpacked(held, place, places).astype(jnp.float32) for place in range(places)]
-        return [((code - zero) * part.scale[..., None]).reshape(shape) for code in codes]
+        """What the codes at each place of a byte stand for, in float32, shift and rotation not undone."""
+        places, held = places_of(self.format.container), part.held.astype(jnp.int16)
+        zero = None if part.zero is None else self._zero(part)
+
+        def of(place: int) -> Float[Array, "batch length heads bytes"]:
+            return decode(QTensor(unpacked(held, place, places), part.scale, zero, jnp.float32, self.format.bits))
+
+        return [of(place) for place in range(places)]
 
     def _coded(self, part: Held) -> QTensor:
         """Keys or values as a `QTensor`, whose zero points are fractions."""
