@@ -30,7 +30,7 @@ from jaxquant.errors import FormatError
 from jaxquant.finite import greatest
 from jaxquant.matmul import choice, lines
 from jaxquant.matmul.arithmetic import grouped_dot
-from jaxquant.matmul.blocks import _by_columns, _by_inputs
+from jaxquant.matmul.blocks import _by_inputs
 from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
@@ -682,16 +682,6 @@ def test_products_of_packed_codes_are_exact(rows, dtype, outputs, groups):
     assert np.array_equal(found, np.einsum("bgmk,bgkn->bgmn", x, w))
 
 
-@pytest.mark.parametrize("format", **table(SAMPLE))
-def test_in_blocks_of_outputs_it_is_the_same_product(format):
-    """Law: every place of every byte meets its own scale and zero point; whole numbers round nothing."""
-    x = np.random.default_rng(0).integers(-9, 10, (1, 3, 64)).astype(np.float32)
-    q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 64, 384), 1)))
-    found = jax.jit(functools.partial(_by_columns, columns=16))(jnp.asarray(x), q)
-    expected = x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64)
-    assert np.array_equal(found, expected) if q.is_integer else close(found, expected)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [3, 200])
 @pytest.mark.parametrize("inputs_last", [True, False], ids=["lines", "columns"])
@@ -1008,10 +998,10 @@ def test_in_blocks_of_inputs_it_is_the_same_product(format, pieces):
 @pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
 def test_packed_codes_are_unpacked_a_block_at_a_time_on_cpu(rows, activations):
     """Law: at a few rows no array of the program is as large as the unpacked weight, and the product is the same."""
-    x, q = normal((rows, 512)), jq.quantize(normal((512, 512), 1), jq.int4(group=64))
+    x, q = normal((rows, 1024)), jq.quantize(normal((1024, 4096), 1), jq.int4(group=64))
     run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations)).lower(q, x).compile()
     arrays = re.findall(r" (?:f32|s32|s8)\[([\d,]+)\]", run.as_text())
     assert max(math.prod(map(int, shape.split(","))) for shape in arrays) < q.size
-    assert run.memory_analysis().temp_size_in_bytes < 4 * 512 * 512
+    assert run.memory_analysis().temp_size_in_bytes < 4 * q.size
     said = x if activations is None else rounded(x, activations, (1,))
     assert close(run(q, x), said @ decoded(q), 2e-6)

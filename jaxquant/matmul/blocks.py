@@ -1,15 +1,13 @@
-"""A matmul on a CPU a block of the weight at a time, so that what is unpacked or decoded of it stays in a cache.
+"""Packed codes meet codes on a CPU a block of inputs at a time, so that what is unpacked of a weight stays in a cache.
 
-    out[:, block] = product(x, q[:, block])                of outputs, where the weight is decoded
-    out = sum_block product(x[:, block], q[block])         of inputs, where packed codes meet codes in integers
+    out = sum_block product(x[:, block], q[block])         in integers
 
-XLA on CPU writes a decoded weight to memory as a whole and reads it again, which takes several times as long as reading
-its codes. In a loop every block is written to the same place. Codes below a byte are read as the bytes they lie in, one
-product for each place in a byte: codes of four bits XLA would widen before the loop, an element at a time. Blocks of
-inputs lie together in memory, and no group is cut by them; of floats they would need sums that a library does better.
+XLA on CPU writes an unpacked weight to memory as a whole and reads it again, which takes several times as long as
+reading its codes. In a loop every block is written to the same place. Codes below a byte are read as the bytes they lie
+in, one product for each place in a byte: codes of four bits XLA would widen before the loop, an element at a time. No
+group is cut by a block.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxquant.matmul.arithmetic import floats
 from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor
 
 Product = Callable[[Array, QTensor], Array]
 
-# Bytes of each row of codes that make a block, a multiple of what a core adds at once: as many as its cache holds, but
-# not all. A loop of one turn is none to XLA, which decodes all weights of a program before it multiplies by the first.
-_COLUMNS, _CACHE, _BLOCKS = range(512, 0, -16), 2**22, 2
 # From this many bytes on a decoded weight does not stay in the caches of all cores together.
 _LARGE = 2**24
 # Up to this many packed codes without groups are one product as a whole, which no scale comes between.
@@ -54,21 +48,6 @@ def by_inputs(rows: int, q: QTensor) -> Callable[[Product], Product] | None:
     if not is_alone(q) or places == 1 or outputs % places or block < _SHORTEST or not pays:
         return None
     return lambda product: functools.partial(_by_inputs, product=product, block=block)
-
-
-def by_outputs(q: QTensor) -> Product | None:
-    """The product `(x, q) -> out` of floats and decoded blocks; None where outputs cannot be taken in blocks.
-
-    Args:
-      q: the weight, `[B, K, N]`.
-    """
-    _, inputs, outputs = q.shape
-    places = places_of(q.codes.dtype)
-    fit = [size for size in _COLUMNS if outputs % (size * places) == 0 and size * places * _BLOCKS <= outputs]
-    columns = next((columns for columns in fit if 4 * inputs * columns <= _CACHE), min(fit, default=None))
-    if not is_alone(q) or columns is None:
-        return None
-    return functools.partial(_by_columns, columns=columns)
 
 
 def is_alone(q: QTensor) -> bool:
@@ -102,30 +81,3 @@ def _by_inputs(x: Shaped[Array, "1 M K"], q: QTensor, product: Product, block: i
     start = (jnp.zeros((1, x.shape[1], n // places), jnp.float32),) * places
     totals, _ = jax.lax.scan(add, start, (rows, held, parts))
     return jnp.stack(totals, axis=-1).reshape(1, -1, n)
-
-
-def _by_columns(x: Shaped[Array, "1 M K"], q: QTensor, columns: int) -> Float[Array, "1 M N"]:
-    """The product, blocks of so many bytes of each row of codes one after the other."""
-    (_, k, n), places = q.shape, places_of(q.codes.dtype)
-    held = bytes_of(q.codes).reshape(1, k, -1, columns)
-
-    def one(index: Array) -> Array:
-        codes = jax.lax.dynamic_index_in_dim(held, index, axis=2, keepdims=False)
-        return jnp.stack([floats(x, _block(q, codes, index, place)) for place in range(places)], axis=-1)
-
-    out = jax.lax.map(one, jnp.arange(n // (columns * places)))
-    return jnp.moveaxis(out, 0, 2).reshape(1, x.shape[1], n)
-
-
-def _block(q: QTensor, held: Array, index: Array, place: int) -> QTensor:
-    """The weights at one place of the bytes of a block."""
-    places = places_of(q.codes.dtype)
-
-    def columns(part: Any) -> Any:
-        if part.shape[-1] == 1:
-            return part
-        parts = part.reshape(*part.shape[:-1], -1, held.shape[-1], places)[..., place]
-        return jax.lax.dynamic_index_in_dim(parts, index, axis=2, keepdims=False)
-
-    scale, zero = jax.tree.map(columns, (q.scale, q.zero))
-    return dataclasses.replace(q, codes=unpacked(held, place, places), scale=scale, zero=zero, master=None)

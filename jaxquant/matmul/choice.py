@@ -27,7 +27,7 @@ from jaxquant.matmul.arithmetic import (
     of_tokens,
     split_long,
 )
-from jaxquant.matmul.blocks import by_inputs, by_outputs
+from jaxquant.matmul.blocks import by_inputs
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.integers import LONGEST
 from jaxquant.matmul.lines import by_lines
@@ -47,8 +47,8 @@ FLOAT = "float"
 
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
-# Up to this many rows three int8 digits of the activations are cheaper than decoding the weight: without groups, and
-# with them.
+# Up to this many rows three int8 digits of activations are cheaper than decoding a large weight as it comes: without
+# groups, and with.
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, packed weights without groups are cheaper decoded than written out as bytes.
 _FEW_UNPACKED = 8
@@ -60,12 +60,10 @@ _LARGE, _FEW_OF_LARGE = 2**23, 4
 # Up to this many rows decoded weights are multiplied as float32, beyond it as bfloat16 where a CPU has instructions for
 # that and bfloat16 holds them, or rounding is allowed.
 _FEW_HALVES = 16
-# So are codes, which are int8 up to this many rows, and up to this many multiplications as they come and turned.
-_FEW_BFLOATS, _FEW_UPRIGHT, _FEW_TURNED = 48, 100_000_000, 20_000_000
+# So are codes, which are int8 up to this many rows, and up to this many multiplications.
+_FEW_BFLOATS, _FEW_PRODUCTS = 48, 20_000_000
 # Up to this many weights a matrix is not worth blocks, and in a stack not a turn of a loop.
 _SMALL, _SMALL_OF_STACK = 2**14, 2**12
-# From this many rows on it pays to put the results of decoded columns together outside of a loop.
-_MANY_COLUMNS = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +137,7 @@ def _of_matrix(
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
     gpu = None if inputs_last or in_double else functools.partial(gpu_dot_floats, precision=level(precision))
     lines = None if in_double else by_lines(rows, q, inputs_last)
-    loop = by_outputs(q) if lines and not inputs_last and rows < _MANY_COLUMNS else None
-    wide = lines and (floats if q.shape[1] * q.shape[2] <= _SMALL else loop or lines)
+    wide = lines and (floats if q.shape[1] * q.shape[2] <= _SMALL else lines)
     narrow = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
     cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow, rounds=may_round(precision))
     if not q.is_integer:
@@ -172,9 +169,12 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
     """Whether so few activations in floats meet a weight as three int8 digits on a CPU."""
     if not q.is_integer or level(precision) != Precision.DEFAULT:
         return False
+    large, one_group = q.shape[1] * q.shape[2] >= _LARGE, q.scale.shape[1] == 1
     if inputs_last:
-        return rows <= _FEW_OF_LARGE and _is_large(q)
-    few = _FEW_DIGITS if q.scale.shape[1] == 1 else _FEW_GROUPED if by_inputs(rows, q) else 0
+        return rows <= _FEW_OF_LARGE and large and _is_of_bytes(q)
+    if not large:
+        return rows <= 1 and (_is_of_bytes(q) or by_inputs(rows, q) is not None)
+    few = _FEW_DIGITS if one_group else _FEW_GROUPED if by_inputs(rows, q) else 0
     return rows <= few
 
 
@@ -218,8 +218,7 @@ def _of_codes(
     of_said = cpu and (lambda x, q: cpu(heard(x, q), q))
     in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))
     if groups == 1:
-        products = rows * inputs * outputs
-        many = rows > _FEW_BFLOATS and products > (_FEW_TURNED if inputs_last else _FEW_UPRIGHT)
+        many = rows > _FEW_BFLOATS and rows * inputs * outputs > _FEW_PRODUCTS
         # Decoded lines are faster than an array of bytes: the sums of what the codes say, in float32.
         packed = inputs_last and places_of(q.codes.dtype) > 1 and rows <= _FEW_UNPACKED
         best = (in_bfloats if many else None) or (of_said if packed else None) or by_blocks

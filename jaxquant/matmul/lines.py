@@ -30,7 +30,7 @@ _CACHE, _MULTIPLE, _MOST, _WHOLE = 2**23, 8, 16, 2**21
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
 # Their results are put together row by row then, which is a copy that a model waits for, and in float32 nothing comes
 # after them: another pass over so many results costs more than decoding in full.
-_MANY_ROWS = 192
+_MANY_ROWS = 96
 
 
 class Lines(NamedTuple):
@@ -126,7 +126,17 @@ def _by_lines(
         block = block_of(lines, span, never_after(before), columns)
         before = of_block(rows, block, q)
         outs.append(_completed(before, rows, block, q, scale, columns, many))
-    return (jnp.concatenate(outs, axis=1) if many else jnp.concatenate(outs).T)[None]
+    return (_side_by_side(outs, blocks) if many else jnp.concatenate(outs).T)[None]
+
+
+def _side_by_side(parts: Sequence[Float[Array, "M _"]], blocks: Sequence[slice]) -> Float[Array, "M N"]:
+    """Results of blocks, each written to its place: concatenated, XLA keeps them all and copies them on one core."""
+    if len(parts) == 1:
+        return parts[0]
+    out = jnp.zeros((len(parts[0]), blocks[-1].stop), parts[0].dtype)
+    for part, span in zip(parts, blocks, strict=True):
+        out = jax.lax.dynamic_update_slice_in_dim(out, part, span.start, axis=1)
+    return out
 
 
 def _of_lines(rows: Float[Array, "M K"], block: Lines, q: QTensor, many: bool) -> Float[Array, "..."]:
