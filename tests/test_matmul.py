@@ -35,7 +35,7 @@ from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 from jaxquant.matmul.precision import level
-from jaxquant.matmul.tokens import Tokens, quantize_tokens
+from jaxquant.matmul.tokens import Tokens, quantize_tokens, split_outliers
 
 INTEGER = "int8 x int8 -> int32"
 
@@ -305,6 +305,17 @@ def test_outliers_are_multiplied_in_float_and_the_rest_in_codes(spec, weights, a
     largest, rest = split_largest(x, outliers, x_axes)
     tokens = largest + rounded(rest, ACTIVATIONS[activations], x_axes)
     assert close(out, contract(spec, tokens, decoded(q), np), 2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_of_activations_equally_large_the_first_is_the_outlier(rows):
+    """Law: an outlier is taken once, and is the one that an argmax would find."""
+    x = np.random.default_rng(0).integers(-2, 3, (1, rows, 24)).astype(np.float32)
+    rest, ((index, value),) = jax.jit(functools.partial(split_outliers, count=1))(x)
+    first = np.argmax(np.abs(x), axis=-1)
+    assert np.array_equal(index, first)
+    assert np.array_equal(value, np.take_along_axis(x, first[..., None], -1))
+    assert np.array_equal(x - np.asarray(rest), np.where(np.arange(24) == first[..., None], x, 0))
 
 
 @pytest.mark.parametrize("weights", ["channel", "affine", "int4-group"])

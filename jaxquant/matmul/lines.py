@@ -3,10 +3,9 @@
     out[:, lines]  =  x decode(q[lines])^T                 so many lines decoded at a time
 
 XLA on CPU writes a decoded weight to memory as a whole and reads it again, which takes several times as long as reading
-its codes. A block of lines stays in a cache, and blocks come one after the other without a loop, which would copy their
-results. Lines lie together in memory where inputs lie last, and decoded they are the left operand of a few rows as they
-lie; else they are columns. A byte of packed codes holds neighbours: inputs, which are products to be added up, or
-outputs, whose products lie side by side.
+its codes. A block of lines stays in a cache, and blocks come one after the other. Lines lie together in memory where
+inputs lie last, and decoded they are the left operand of a few rows as they lie; else they are columns. A byte of
+packed codes holds neighbours: inputs, which are products to be added up, or outputs, whose products lie side by side.
 """
 
 import dataclasses
@@ -28,8 +27,7 @@ from jaxquant.qtensor import QTensor, decode
 # are no more of them than this. Of few rows there are at least two, unless the whole, decoded, has so few bytes.
 _CACHE, _MULTIPLE, _MOST, _WHOLE = 2**23, 8, 16, 2**21
 # From this many rows on it costs less to pack each block, as the right operand, than to pack the rows for all blocks.
-# Their results are put together row by row then, which is a copy that a model waits for, and in float32 nothing comes
-# after them: another pass over so many results costs more than decoding in full.
+# In float32 nothing comes after a product of so many: another pass over it costs more than decoding in full.
 _MANY_ROWS = 96
 
 

@@ -6,6 +6,7 @@ x[m, k] = scale[m] * (codes[m, k] - zero[m])  +  the outliers of token m
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8
 
@@ -89,11 +90,24 @@ def split_outliers(x: Float[Array, "B M K"], count: int) -> tuple[Array, list[tu
     """
     rest, largest = x.astype(jnp.float32), []
     for _ in range(count):
-        index = jnp.argmax(jnp.abs(rest), axis=-1)
-        value = jnp.sum(jnp.where(_is_at(index, rest.shape[-1]), rest, 0.0), axis=-1, keepdims=True)
+        index, value = _largest(rest)
         largest.append((index, value))
         rest = jnp.where(_is_at(index, rest.shape[-1]), 0.0, rest)
     return rest, largest
+
+
+def _largest(x: Float[Array, "B M K"]) -> tuple[Int[Array, "B M"], Float[Array, "B M 1"]]:
+    """Where the first of each token's largest numbers is, and that number; of a token with a NaN any other will do.
+
+    Two reductions of vector instructions, where XLA on CPU has none for an argmax.
+    """
+    inputs, size = x.shape[-1], jnp.abs(x)
+    places = jnp.where(size == jnp.max(size, axis=-1, keepdims=True), jnp.arange(inputs), inputs - 1)
+    index = jnp.min(places, axis=-1)
+    if index.size == 1 or jax.device_count() > 1:
+        # Of one token a sum is fused with what comes after it, and among devices it gathers no activations.
+        return index, jnp.sum(jnp.where(_is_at(index, inputs), x, 0.0), axis=-1, keepdims=True)
+    return index, jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")
 
 
 def _is_at(index: Int[Array, "B M"], inputs: int) -> Bool[Array, "B M K"]:
