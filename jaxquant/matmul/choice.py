@@ -54,9 +54,9 @@ _FEW_DIGITS, _FEW_GROUPED = 8, 2
 _FEW_UNPACKED = 8
 # Up to this many rows, against bytes and against packed codes, sums in pieces are faster than XLA's library,
 _FEW_IN_PIECES, _FEW_OF_PACKED = 1, 2
-# but for weights of this many bytes or more with a scale for each output: XLA reads those at the speed of memory, up to
-# this many rows of floats as three digits.
-_LARGE, _FEW_OF_LARGE = 2**23, 4
+# but for weights of this many bytes or more, in lines of so many inputs with one scale: XLA reads those at the speed of
+# memory, up to this many rows of floats as three digits.
+_LARGE, _LONG, _FEW_OF_LARGE = 2**23, 2**11, 4
 # Up to this many rows decoded weights are multiplied as float32, beyond it as bfloat16 where a CPU has instructions for
 # that and bfloat16 holds them, or rounding is allowed.
 _FEW_HALVES = 16
@@ -169,19 +169,18 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
     """Whether so few activations in floats meet a weight as three int8 digits on a CPU."""
     if not q.is_integer or level(precision) != Precision.DEFAULT:
         return False
-    large, one_group = q.shape[1] * q.shape[2] >= _LARGE, q.scale.shape[1] == 1
     if inputs_last:
-        return rows <= _FEW_OF_LARGE and large and _is_of_bytes(q)
-    if not large:
+        return rows <= _FEW_OF_LARGE and _reads_fast(q)
+    if q.shape[1] * q.shape[2] < _LARGE:
         return rows <= 1 and (_is_of_bytes(q) or by_inputs(rows, q) is not None)
-    few = _FEW_DIGITS if one_group else _FEW_GROUPED if by_inputs(rows, q) else 0
+    few = _FEW_DIGITS if q.scale.shape[1] == 1 else _FEW_GROUPED if by_inputs(rows, q) else 0
     return rows <= few
 
 
 def _is_in_pieces(rows: int, q: QTensor, inputs_last: bool) -> bool:
     """Whether so few rows meet a weight in pieces on a CPU."""
     few = _FEW_IN_PIECES if places_of(q.codes.dtype) == 1 else _FEW_OF_PACKED
-    return inputs_last and 0 < rows <= few and not _is_large(q) and in_pieces(q)
+    return inputs_last and 0 < rows <= few and not _reads_fast(q) and in_pieces(q)
 
 
 def _is_of_bytes(q: QTensor) -> bool:
@@ -189,9 +188,9 @@ def _is_of_bytes(q: QTensor) -> bool:
     return q.scale.shape[1] == places_of(q.codes.dtype) == 1
 
 
-def _is_large(q: QTensor) -> bool:
-    """Whether a weight is of bytes, and so large that XLA's library reads it at the speed of memory."""
-    return _is_of_bytes(q) and q.shape[1] * q.shape[2] >= _LARGE
+def _reads_fast(q: QTensor) -> bool:
+    """Whether a weight is of bytes, and its lines so many and so long that XLA's library reads it as fast as memory."""
+    return _is_of_bytes(q) and q.shape[1] >= _LONG and q.shape[1] * q.shape[2] >= _LARGE
 
 
 def _of_codes(
