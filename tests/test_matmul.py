@@ -251,10 +251,14 @@ def test_half_precision(dtype, activations):
     assert close(out, tokens @ decoded(q), 2 * float(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9])
-def test_float_activations_lose_nothing(rows):
-    """Law: with `activations=None` a huge number beside small ones costs what float32 costs."""
-    x, q = normal((rows, 64)), jq.quantize(normal((64, 24), 1))
+@pytest.mark.parametrize("large", [2**23, 0], ids=["small", "large"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize("format", [jq.int8, jq.int4(group=32)], ids=["int8", "int4-group"])
+def test_float_activations_lose_nothing(format, rows, large, monkeypatch):
+    """Law: with `activations=None` a huge number beside small ones costs what float32 costs, in digits or decoded."""
+    monkeypatch.setattr(choice, "_LARGE", large)
+    jax.clear_caches()
+    x, q = normal((rows, 64)), jq.quantize(normal((64, 4096), 1), format)
     x[:, 0] *= 1000
     out = jax.jit(jq.quantized(lambda q, x: x @ q, activations=None))(q, x)
     assert close(out, x.astype(np.float64) @ decoded(q))
@@ -545,7 +549,7 @@ def test_dot_general_reads_the_precision_as_jax_does():
 
 def test_at_the_highest_precision_floats_are_not_written_in_digits():
     """Law: what is taken off a large number is not lost, as it would be in integers of a scale for the whole token."""
-    x, q = normal((2, 64)), exactly(jq.quantize(normal((64, 36), 1), jq.int8))
+    x, q = normal((1, 64)), exactly(jq.quantize(normal((64, 36), 1), jq.int8))
     x[:, 0] = 2.0**30
     weight = np.asarray(jq.dequantize(q), np.float64)
     weight[0] = 0
@@ -1008,7 +1012,7 @@ def test_in_blocks_of_inputs_it_is_the_same_product(format, pieces):
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
 def test_packed_codes_are_unpacked_a_block_at_a_time_on_cpu(rows, activations):
-    """Law: at a few rows no array of the program is as large as the unpacked weight, and the product is the same."""
+    """Law: at a few rows a weight larger than a block is nowhere unpacked as a whole, and the product is the same."""
     x, q = normal((rows, 1024)), jq.quantize(normal((1024, 4096), 1), jq.int4(group=64))
     run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations)).lower(q, x).compile()
     arrays = re.findall(r" (?:f32|s32|s8)\[([\d,]+)\]", run.as_text())

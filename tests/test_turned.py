@@ -24,6 +24,8 @@ PACKED = {
     "int2-g8": jq.int2(group=8),
     "nf4": jq.nf4(group=16),
 }
+# A product of codes of 8 bits, as StableHLO writes it.
+BY_THE_LIBRARY = r"dot_general.*xi8>, .*xi8>\) -> .*xi32>"
 
 
 @pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False), None], ids=["int8", "affine", "float"])
@@ -55,8 +57,20 @@ def test_a_large_weight_is_read_by_the_library(rows, format, activations, monkey
     q, x = exactly(jq.quantize(normal(64, 48), format)), normal(rows, 64, seed=1)
     forward = jax.jit(jq.quantized(lambda w, x: x @ w, activations=activations))
     found, text = forward(jq.turned(q), x), forward.lower(jq.turned(q), x).as_text()
-    assert np.all(np.abs(found - forward(q, x)) <= 1e-5)
-    assert bool(re.search(r"dot_general.*xi8>, .*xi8>\) -> .*xi32>", text)) is (activations is not None or rows < 9)
+    exact = np.asarray(x, np.float64) @ np.asarray(jq.dequantize(q), np.float64)
+    expected = exact if activations is None else forward(q, x)
+    assert np.all(np.abs(found - expected) <= 1e-5)
+    assert bool(re.search(BY_THE_LIBRARY, text)) is (activations is not None or rows < 9)
+
+
+def test_a_row_by_a_large_weight_in_short_lines_is_not(monkeypatch):
+    """Law: its few inputs are added up in pieces, and give the same product."""
+    monkeypatch.setattr(choice, "_LARGE", 0)
+    jax.clear_caches()
+    q, x = exactly(jq.quantize(normal(64, 48))), normal(1, 64, seed=1)
+    forward = jax.jit(jq.quantized(lambda w, x: x @ w))
+    assert not re.search(BY_THE_LIBRARY, forward.lower(jq.turned(q), x).as_text())
+    assert np.all(np.abs(forward(jq.turned(q), x) - forward(q, x)) <= 1e-5)
 
 
 @pytest.mark.parametrize("activations", [jq.int8(symmetric=False), None], ids=["int8", "float"])

@@ -27,7 +27,7 @@ from jaxquant.matmul.arithmetic import (
     of_tokens,
     split_long,
 )
-from jaxquant.matmul.blocks import by_inputs
+from jaxquant.matmul.blocks import by_inputs, is_alone
 from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.integers import LONGEST
 from jaxquant.matmul.lines import by_lines
@@ -47,8 +47,8 @@ FLOAT = "float"
 
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
-# Up to this many rows three int8 digits of activations are cheaper than decoding a large weight as it comes: without
-# groups, and with.
+# Up to this many rows three int8 digits of activations are cheaper than decoding a weight as it comes, where that is
+# large or cannot be decoded in blocks: without groups, and with.
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, packed weights without groups are cheaper decoded than written out as bytes.
 _FEW_UNPACKED = 8
@@ -101,9 +101,11 @@ def choose(
     """
     formats = activations, outliers, precision
     if q.shape[0] > 1 and q.shape[1] * q.shape[2] > _SMALL_OF_STACK and jax.device_count() == 1:
-        one = _of_matrix(rows, first_of(q), inputs_last, *formats)
+        first = first_of(q)
+        one = _of_matrix(rows, first, inputs_last, *formats)
         # A stack of bytes that meet bytes XLA multiplies faster than one after the other.
-        in_bytes = one.arithmetic == INTEGER or (activations is None and _is_in_digits(rows, q, inputs_last, precision))
+        in_digits = activations is None and _is_in_digits(rows, first, inputs_last, precision)
+        in_bytes = one.arithmetic == INTEGER or in_digits
         if one.cpu is not None and not (in_bytes and _is_of_bytes(q)):
             return dataclasses.replace(one, cpu=one_by_one(one.cpu, inputs_last))
     return _of_matrix(rows, q, inputs_last, *formats)
@@ -171,7 +173,7 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
         return False
     if inputs_last:
         return rows <= _FEW_OF_LARGE and _reads_fast(q)
-    if q.shape[1] * q.shape[2] < _LARGE:
+    if is_alone(q) and q.shape[1] * q.shape[2] < _LARGE:
         return rows <= 1 and (_is_of_bytes(q) or by_inputs(rows, q) is not None)
     few = _FEW_DIGITS if q.scale.shape[1] == 1 else _FEW_GROUPED if by_inputs(rows, q) else 0
     return rows <= few
