@@ -547,9 +547,10 @@ def test_dot_general_reads_the_precision_as_jax_does():
     assert max(around, *(off(product(precision=name)) for name in ("highest", "high"))) < 2.0**-20 < off(product())
 
 
-def test_at_the_highest_precision_floats_are_not_written_in_digits():
+@pytest.mark.parametrize("rows", [1, 2])
+def test_at_the_highest_precision_floats_are_not_written_in_digits(rows):
     """Law: what is taken off a large number is not lost, as it would be in integers of a scale for the whole token."""
-    x, q = normal((1, 64)), exactly(jq.quantize(normal((64, 36), 1), jq.int8))
+    x, q = normal((rows, 64)), exactly(jq.quantize(normal((64, 36), 1), jq.int8))
     x[:, 0] = 2.0**30
     weight = np.asarray(jq.dequantize(q), np.float64)
     weight[0] = 0
@@ -1009,11 +1010,14 @@ def test_in_blocks_of_inputs_it_is_the_same_product(format, pieces):
     assert np.array_equal(found, x.astype(np.float64) @ np.asarray(jq.dequantize(q), np.float64))
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])
-def test_packed_codes_are_unpacked_a_block_at_a_time_on_cpu(rows, activations):
+@pytest.mark.parametrize(
+    "rows, activations, inputs, outputs",
+    [(1, jq.int8, 512, 512), (5, jq.int8, 512, 512), (1, None, 512, 512), (5, None, 1024, 4096)],
+    ids=["int8-1", "int8-5", "float-1", "float-5"],
+)
+def test_packed_codes_are_unpacked_a_block_at_a_time_on_cpu(rows, activations, inputs, outputs):
     """Law: at a few rows a weight larger than a block is nowhere unpacked as a whole, and the product is the same."""
-    x, q = normal((rows, 1024)), jq.quantize(normal((1024, 4096), 1), jq.int4(group=64))
+    x, q = normal((rows, inputs)), jq.quantize(normal((inputs, outputs), 1), jq.int4(group=64))
     run = jax.jit(jq.quantized(lambda q, x: x @ q, activations=activations)).lower(q, x).compile()
     arrays = re.findall(r" (?:f32|s32|s8)\[([\d,]+)\]", run.as_text())
     assert max(math.prod(map(int, shape.split(","))) for shape in arrays) < q.size
