@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Shaped
 from jaxquant.errors import NonFiniteError, NotQuantizableError, ShapeError
 from jaxquant.finite import first_nonfinite, is_finite
 from jaxquant.format import Format, int8
-from jaxquant.qtensor import QTensor, decode, look_up
+from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace.views import expand
+from jaxquant.values import look_up
 
 Axes = int | Sequence[int]
 

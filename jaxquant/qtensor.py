@@ -20,6 +20,7 @@ from jaxquant.errors import ClosureError, ShapeError
 from jaxquant.format import code_name
 from jaxquant.packed import Packed
 from jaxquant.trace.views import expand
+from jaxquant.values import values_of
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["mask", "rows"], meta_fields=[])
@@ -218,7 +219,7 @@ def _decode_codes(q: QTensor) -> Float[Array, "..."]:
 
 
 def _decode_core(q: QTensor) -> Float[Array, "..."]:
-    values = look_up(q.codes, q.levels) if q.levels is not None else q.codes.astype(jnp.float32)
+    values = values_of(q.codes, q.levels)
     if q.zero is not None:
         values = values - expand(q.zero, q.shape).astype(jnp.float32)
     return values * expand(q.scale, q.shape)
@@ -233,14 +234,3 @@ def _with_kept(values: Float[Array, "..."], kept: Kept | None) -> Float[Array, "
 def is_qtensor(leaf: Any) -> bool:
     """Whether a leaf is a `QTensor`, for the `is_leaf` of `jax.tree.map`."""
     return isinstance(leaf, QTensor)
-
-
-def look_up(codes: Array, levels: tuple[float, ...]) -> Float[Array, "..."]:
-    """`levels[codes]` as a tree of selects: no gather, which is slow on every backend."""
-    index = codes.astype(jnp.int32) + len(levels) // 2
-
-    def pick(low: int, high: int):
-        middle = (low + high) // 2
-        return levels[low] if high - low == 1 else jnp.where(index < middle, pick(low, middle), pick(middle, high))
-
-    return jnp.asarray(pick(0, len(levels)), jnp.float32)

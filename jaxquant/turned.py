@@ -67,8 +67,8 @@ def turned(tree: PyTree) -> PyTree:
     (`benchmarks/matmul.py`); on a GPU it brings nothing.
 
     Args:
-      tree: with `QTensor`s in it. Turned are int8 matrices and stacks of them, with one scale for all their inputs, and
-        matrices of 4 and 2 bits in groups of whole bytes of inputs.
+      tree: with `QTensor`s in it. Turned are matrices of int8 and float8, stacks of them with one scale for all their
+        inputs, and matrices of 4 and 2 bits in groups of whole bytes of inputs.
 
     Returns:
       The tree with a `Turned` in the place of each.
@@ -93,7 +93,9 @@ def _turn(q: QTensor) -> Any:
 
 
 def _is_of_bytes(q: QTensor) -> bool:
-    return q.codes.dtype == jnp.int8 and q.scale.shape[:-1] == (*q.shape[:-2], 1)
+    """A matrix of int8 or float8 codes, or a stack of them with one scale for all their inputs."""
+    of_bytes = jnp.dtype(q.codes.dtype).itemsize == places_of(q.codes.dtype) == 1
+    return of_bytes and (q.ndim == 2 or q.scale.shape[:-1] == (*q.shape[:-2], 1))
 
 
 def _is_packed(q: QTensor) -> bool:

@@ -64,7 +64,7 @@ def test_a_large_weight_is_read_by_the_library(rows, format, activations, monkey
 
 
 def test_a_row_by_a_large_weight_in_short_lines_is_not(monkeypatch):
-    """Law: its few inputs are added up in pieces, and give the same product."""
+    """Law: its few inputs are added up in terms, and give the same product."""
     monkeypatch.setattr(choice, "_LARGE", 0)
     jax.clear_caches()
     q, x = exactly(jq.quantize(normal(64, 48))), normal(1, 64, seed=1)
@@ -77,7 +77,7 @@ def test_a_row_by_a_large_weight_in_short_lines_is_not(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 9, 70])
 @pytest.mark.parametrize("format", PACKED.values(), ids=PACKED)
 def test_packed_codes_are_turned_in_bytes(format, rows, activations):
-    """Decoded whole or as lines, and in pieces, they give the product of the upright one."""
+    """Decoded whole or as lines, and in terms, they give the product of the upright one."""
     x = normal(rows, 32, seed=1)
     for outputs in (24, 768):
         q = exactly(jq.quantize(normal(32, outputs), format))
@@ -182,16 +182,13 @@ def test_what_is_turned_is_not_quantized_again():
     assert isinstance(both["b"], jq.QTensor) and both["a"]["w"].stored is turned["a"]["w"].stored
 
 
-def test_highest_precision_keeps_every_bit_of_the_activations():
-    """Law: a row of floats at the highest precision is a float32 product, and at the default one is not."""
+@pytest.mark.parametrize("precision", ["highest", None, "BF16_BF16_F32"])
+def test_a_row_of_floats_keeps_every_bit_of_its_activations(precision):
+    """Law: it is a float32 product at any precision, also where rounding is allowed."""
     q, x = jq.turned(jq.quantize(normal(512, 64), jq.int8)), normal(1, 512, seed=1)
     exact = np.asarray(x, np.float64) @ np.asarray(jq.dequantize(q), np.float64)
-
-    def off(precision):
-        found = jax.jit(jq.quantized(lambda w, x: jnp.dot(x, w, precision=precision), activations=None))(q, x)
-        return np.abs(found - exact).max() / np.abs(exact).max()
-
-    assert off("highest") < 2.0**-20 < off(None) < 2.0**-14
+    found = jax.jit(jq.quantized(lambda w, x: jnp.dot(x, w, precision=precision), activations=None))(q, x)
+    assert np.abs(found - exact).max() < 2.0**-20 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("activations", [jq.int8, None], ids=["int8", "float"])

@@ -1,7 +1,7 @@
 """The choice among the ways to multiply by a weight in codes, for a shape and a platform.
 
 Which one is fastest is known here and nowhere else; the ways themselves are `matmul.arithmetic`, those of a GPU
-`matmul.gpu`, a part of the weight at a time `matmul.blocks`, `matmul.lines` and `matmul.pieces`, and one matrix of a
+`matmul.gpu`, a part of the weight at a time `matmul.blocks`, `matmul.lines` and `matmul.terms`, and one matrix of a
 stack after the other `matmul.stacks`.
 """
 
@@ -32,9 +32,9 @@ from jaxquant.matmul.gpu import gpu_dot, gpu_dot_floats
 from jaxquant.matmul.integers import LONGEST
 from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
-from jaxquant.matmul.pieces import codes_in_pieces, floats_in_pieces, in_pieces
 from jaxquant.matmul.precision import level, may_round
 from jaxquant.matmul.stacks import first_of, one_by_one
+from jaxquant.matmul.terms import Cut, codes_in_terms, cut_of, floats_in_terms
 from jaxquant.matmul.tokens import say
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
@@ -52,8 +52,8 @@ _FEW_ROWS = 4
 _FEW_DIGITS, _FEW_GROUPED = 8, 2
 # Up to this many rows of codes, packed weights without groups are cheaper decoded than written out as bytes.
 _FEW_UNPACKED = 8
-# Up to this many rows, against bytes and against packed codes, sums in pieces are faster than XLA's library,
-_FEW_IN_PIECES, _FEW_OF_PACKED = 1, 2
+# Up to this many rows sums in terms are faster than XLA's library,
+_FEW_IN_TERMS = 2
 # but for weights of this many bytes or more, in lines of so many inputs with one scale: XLA reads those at the speed of
 # memory, up to this many rows of floats as three digits.
 _LARGE, _LONG, _FEW_OF_LARGE = 2**23, 2**11, 4
@@ -162,8 +162,8 @@ def _of_floats(
     if _is_in_digits(rows, q, inputs_last, precision):
         unpacked = None if inputs_last else by_inputs(rows, q)
         cpu = functools.partial(digits, product=unpacked(product) if unpacked else product)
-    elif _is_in_pieces(rows, q, inputs_last) and level(precision) == Precision.DEFAULT:
-        cpu = functools.partial(floats_in_pieces, rounds=may_round(precision))
+    elif cut := _in_terms(rows, q, inputs_last):
+        cpu = functools.partial(floats_in_terms, cut=cut)
     return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
 
 
@@ -179,10 +179,9 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
     return rows <= few
 
 
-def _is_in_pieces(rows: int, q: QTensor, inputs_last: bool) -> bool:
-    """Whether so few rows meet a weight in pieces on a CPU."""
-    few = _FEW_IN_PIECES if places_of(q.codes.dtype) == 1 else _FEW_OF_PACKED
-    return inputs_last and 0 < rows <= few and not _reads_fast(q) and in_pieces(q)
+def _in_terms(rows: int, q: QTensor, inputs_last: bool) -> Cut | None:
+    """How so few rows meet a weight in terms on a CPU; None where they do not."""
+    return cut_of(q) if inputs_last and 0 < rows <= _FEW_IN_TERMS and not _reads_fast(q) else None
 
 
 def _is_of_bytes(q: QTensor) -> bool:
@@ -213,8 +212,8 @@ def _of_codes(
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
-    if _is_in_pieces(rows, q, inputs_last):
-        in_row = functools.partial(in_codes, product=codes_in_pieces)
+    if cut := _in_terms(rows, q, inputs_last):
+        in_row = functools.partial(in_codes, product=functools.partial(codes_in_terms, cut=cut))
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = cpu and (lambda x, q: cpu(heard(x, q), q))
     in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))

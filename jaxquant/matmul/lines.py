@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int8, Shaped
 
 from jaxquant.matmul.arithmetic import scale_comes_after
 from jaxquant.matmul.blocks import is_alone
@@ -34,10 +34,12 @@ _MANY_ROWS = 96
 class Lines(NamedTuple):
     """Some outputs of a weight as they lie: their codes in bytes, their scales, and their zero points or None.
 
+    Bytes of float8 too, of which XLA on CPU would first make float16 wherever they are taken from.
+
     Here and below outputs come first, or last in columns.
     """
 
-    held: Shaped[Array, "N bytes"]
+    held: Int8[Array, "N bytes"]
     scale: Float[Array, "N groups"]
     zero: Shaped[Array, "N groups"] | None
 
@@ -49,7 +51,10 @@ def lines_of(q: QTensor, columns: bool = False) -> Lines:
     def full(part: Array) -> Array:
         return jnp.broadcast_to(part, (part.shape[0], q.shape[2]) if columns else (q.shape[2], part.shape[1]))
 
-    return Lines(bytes_of(codes), *jax.tree.map(full, (scale, zero)))
+    held = (
+        bytes_of(codes) if jnp.issubdtype(codes.dtype, jnp.integer) else jax.lax.bitcast_convert_type(codes, jnp.int8)
+    )
+    return Lines(held, *jax.tree.map(full, (scale, zero)))
 
 
 def never_after(x: Float[Array, "..."]) -> Bool[Array, ""]:
@@ -174,7 +179,8 @@ def _decoded(part: Lines, q: QTensor, rows: Float[Array, "M K"]) -> Float[Array,
     scale_after, zero_after = _after(q, rows)
     zero = None if zero_after else part.zero
     scale = jnp.ones_like(part.scale) if scale_after else part.scale
-    return decode(dataclasses.replace(q, codes=part.held, scale=scale, zero=zero, dtype=rows.dtype))
+    codes = part.held if jnp.issubdtype(q.codes.dtype, jnp.integer) else part.held.view(q.codes.dtype)
+    return decode(dataclasses.replace(q, codes=codes, scale=scale, zero=zero, dtype=rows.dtype))
 
 
 def _completed(

@@ -1,6 +1,6 @@
 """What the precision that JAX is asked for means for a product with a weight in codes, and for all it consists of.
 
-    DEFAULT          what the platform is fast at: TF32 on a GPU, and on a CPU float32, or 18 bits (`matmul.pieces`)
+    DEFAULT          what the platform is fast at: TF32 on a GPU, and on a CPU float32, or three digits of int8 codes
     HIGH, HIGHEST    more than that where it is less than float32, and all bits
     BF16_BF16_F32    floats may be rounded to bfloat16 before they are multiplied; sums are float32
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int8, Shaped
 
 from jaxquant.matmul.integers import LONGEST
 from jaxquant.packed import places_of, unpacked
-from jaxquant.qtensor import look_up
+from jaxquant.values import look_up, of_float8
 
 # How many programs keep every core of a large GPU busy: below that the sum over inputs is split among several.
 _PROGRAMS = 128
@@ -49,7 +49,7 @@ class Coding:
     def values(self, held: Int8[Array, "..."], place: int, dtype: Any) -> Shaped[Array, "..."]:
         """The numbers at one place of the bytes that hold the codes, without their scale."""
         if jnp.issubdtype(self.dtype, jnp.floating):
-            return _float8(held, self.dtype).astype(dtype)
+            return of_float8(held, self.dtype).astype(dtype)
         return self.numbers(unpacked(held, place, self.packed), dtype)
 
     def numbers(self, codes: Shaped[Array, "..."], dtype: Any) -> Shaped[Array, "..."]:
@@ -173,15 +173,3 @@ def _kernel(x_ref, held_ref, slopes_ref, out_ref, *, coding: Coding, step: int):
     outs = of_group(jnp.int32(0), outs) if groups == 1 else jax.lax.fori_loop(0, groups, of_group, outs)
     for place in places:
         triton.store(out_ref.at[:, :, jnp.int32(place)], outs[place])
-
-
-def _float8(held: Shaped[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """The numbers of float8 codes from their bits, exactly: not every GPU converts them.
-
-    The bits of e5m2 are the upper half of a float16; those of e4m3 are one in the wrong place, with a bias of 7 for 15.
-    """
-    wide = held.astype(jnp.int16)
-    if jnp.finfo(dtype).nmant == 2:
-        return jax.lax.bitcast_convert_type(wide << 8, jnp.float16)
-    bits = ((wide << 8) & -32768) | ((wide & 127) << 7)
-    return jax.lax.bitcast_convert_type(bits, jnp.float16) * 2.0**8
