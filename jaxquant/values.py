@@ -19,7 +19,7 @@ def values_of(codes: Shaped[Array, "..."], levels: tuple[float, ...] | None) -> 
     return of_float8(jax.lax.bitcast_convert_type(codes, jnp.int8), codes.dtype)
 
 
-def look_up(codes: Int[Array, "..."], levels: tuple[float, ...]) -> Float[Array, "..."]:
+def look_up(codes: Shaped[Array, "..."], levels: tuple[float, ...]) -> Float[Array, "..."]:
     """`levels[codes + count / 2]` as selects, by one bit after the other: a gather is slow on every backend."""
     wide, half = codes.astype(jnp.int32), len(levels) // 2
     # In the order of the lowest bits of a signed code, which start with those of 0.
