@@ -51,7 +51,7 @@ def test_turned_is_the_same_product(shape, format, activations):
 @pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_large_weight_is_read_by_the_library(rows, format, activations, monkeypatch):
     """Law: in codes or in three digits, it is the same product, and at a few rows one of whole numbers."""
-    monkeypatch.setattr(choice, "_LARGE", 0)
+    monkeypatch.setattr(choice, "_MANY", 0)
     monkeypatch.setattr(choice, "_LONG", 0)
     jax.clear_caches()
     q, x = exactly(jq.quantize(normal(64, 48), format)), normal(rows, 64, seed=1)
@@ -65,7 +65,7 @@ def test_a_large_weight_is_read_by_the_library(rows, format, activations, monkey
 
 def test_a_row_by_a_large_weight_in_short_lines_is_not(monkeypatch):
     """Law: its few inputs are added up in terms, and give the same product."""
-    monkeypatch.setattr(choice, "_LARGE", 0)
+    monkeypatch.setattr(choice, "_MANY", 0)
     jax.clear_caches()
     q, x = exactly(jq.quantize(normal(64, 48))), normal(1, 64, seed=1)
     forward = jax.jit(jq.quantized(lambda w, x: x @ w))

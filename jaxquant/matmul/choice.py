@@ -47,16 +47,16 @@ FLOAT = "float"
 
 # Beyond this many rows a decoded weight is cheaper than groups x rows x N partial sums.
 _FEW_ROWS = 4
-# Up to this many rows three int8 digits of activations are cheaper than decoding a weight as it comes, where that is
-# large or cannot be decoded in blocks: without groups, and with.
-_FEW_DIGITS, _FEW_GROUPED = 8, 2
+# Up to this many rows three int8 digits of activations are cheaper than decoding a weight as it comes, where it is
+# as large as this, or cannot be decoded in blocks: without groups, and with.
+_FEW_DIGITS, _FEW_GROUPED, _LARGE = 8, 2, 2**23
 # Up to this many rows of codes, packed weights without groups are cheaper decoded than written out as bytes.
 _FEW_UNPACKED = 8
 # Up to this many rows sums in terms are faster than XLA's library,
 _FEW_IN_TERMS = 2
 # but for weights of this many bytes or more, in lines of so many inputs with one scale: XLA reads those at the speed of
 # memory, up to this many rows of floats as three digits.
-_LARGE, _LONG, _FEW_OF_LARGE = 2**23, 2**11, 4
+_MANY, _LONG, _FEW_OF_LONG = 2**22, 2**11, 4
 # Up to this many rows decoded weights are multiplied as float32, beyond it as bfloat16 where a CPU has instructions for
 # that and bfloat16 holds them, or rounding is allowed.
 _FEW_HALVES = 16
@@ -172,7 +172,7 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
     if not q.is_integer or level(precision) != Precision.DEFAULT:
         return False
     if inputs_last:
-        return rows <= _FEW_OF_LARGE and _reads_fast(q)
+        return rows <= _FEW_OF_LONG and _reads_fast(q)
     if is_alone(q) and q.shape[1] * q.shape[2] < _LARGE:
         return rows <= 1 and (_is_of_bytes(q) or by_inputs(rows, q) is not None)
     few = _FEW_DIGITS if q.scale.shape[1] == 1 else _FEW_GROUPED if by_inputs(rows, q) else 0
@@ -191,7 +191,7 @@ def _is_of_bytes(q: QTensor) -> bool:
 
 def _reads_fast(q: QTensor) -> bool:
     """Whether a weight is of bytes, and its lines so many and so long that XLA's library reads it as fast as memory."""
-    return _is_of_bytes(q) and q.shape[1] >= _LONG and q.shape[1] * q.shape[2] >= _LARGE
+    return _is_of_bytes(q) and q.shape[1] >= _LONG and q.shape[1] * q.shape[2] >= _MANY
 
 
 def _of_codes(
