@@ -1,6 +1,8 @@
 """A few rows by a weight whose inputs lie last, on a CPU, as a sum that is written out term by term.
 
-    out[n] = sum_l sum_t x[t, l] scale[n, g] (codes[n, t, l] - zero[n, g])        lanes l side by side, g their group
+    out[n] = sum_l sum_t scale[n, g] codes[n, t, l] x[t, l]  -  sum_g scale[n, g] zero[n, g] sum_k x[g, k]
+
+with lanes l side by side, terms t, and g the group of both.
 
 Of a sum of floats along an axis LLVM makes no vector instructions, because they would add in another order. Terms that
 are added one after the other are vectors already: codes are read, widened and multiplied lane by lane, in one pass that
@@ -12,8 +14,7 @@ number below 2^24, which is exact, and lanes are added up in 32 bits.
 
 import functools
 import operator
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +62,7 @@ def floats_in_terms(x: Float[Array, "1 M K"], q: QTensor, cut: Cut) -> Float[Arr
       q: the weight.
       cut: how to cut it.
     """
-
-    def whole(lanes: Float[Array, "N L"], lines: Lines) -> Float[Array, " N"]:
-        total = lanes @ np.ones(lanes.shape[1], np.float32)
-        return total * lines.scale[:, 0] if lines.scale.shape[1] == 1 else total
-
-    return _by_rows(x[0].astype(jnp.float32), q, cut, whole)[None]
+    return _by_rows(x[0].astype(jnp.float32), q, cut, jnp.float32)[None]
 
 
 def codes_in_terms(tokens: Tokens, q: QTensor, cut: Cut) -> Float[Array, "1 M N"]:
@@ -74,55 +70,59 @@ def codes_in_terms(tokens: Tokens, q: QTensor, cut: Cut) -> Float[Array, "1 M N"
 
     Args:
       tokens: the activations, `[1, M, K]`.
-      q: the weight, in integer codes.
+      q: the weight.
       cut: how to cut it.
     """
-
-    def whole(lanes: Float[Array, "N L"], lines: Lines) -> Float[Array, " N"]:
-        if lines.scale.shape[1] > 1:
-            return lanes @ np.ones(lanes.shape[1], np.float32)
-        total = lanes.astype(jnp.int32) @ np.ones(lanes.shape[1], np.int32)
-        return total.astype(jnp.float32) * lines.scale[:, 0]
-
     codes = tokens.codes[0].astype(jnp.float32)
     codes = codes if tokens.zero is None else codes - tokens.zero[0]
-    return tokens.scale * _by_rows(codes, q, cut, whole)[None]
+    return tokens.scale * _by_rows(codes, q, cut, jnp.int32 if q.scale.shape[1] == 1 else jnp.float32)[None]
 
 
-def _by_rows(
-    rows: Float[Array, "M K"], q: QTensor, cut: Cut, whole: Callable[[Array, Lines], Array]
-) -> Float[Array, "M N"]:
-    """The product of each row with all lines; `whole` adds up the lanes."""
+def _by_rows(rows: Float[Array, "M K"], q: QTensor, cut: Cut, dtype: Any) -> Float[Array, "M N"]:
+    """The product of each row with all lines, whose lanes are added up in `dtype`."""
     lines, never = lines_of(q), never_after(rows)
     laid = jnp.moveaxis(rows.reshape(len(rows), *cut, places_of(q.codes.dtype)), 4, 2)
     # Two things keep XLA from undoing it. The rows leave a branch, or they would be computed anew for each output; and
     # terms begin where only the run shows, or a loop over tokens would widen all codes before it starts.
     written = jax.lax.cond(never, jnp.zeros_like, lambda same: same, laid)
-    return jnp.stack([whole(_lanes(lines, row, never, cut), lines) for row in written])
+    sums = jnp.sum(rows.reshape(len(rows), q.scale.shape[1], -1), axis=-1)
+    outs = [
+        _whole(_lanes(lines, row, never, cut).astype(dtype), lines, of_row)
+        for row, of_row in zip(written, sums, strict=True)
+    ]
+    return jnp.stack(outs)
+
+
+def _whole(lanes: Shaped[Array, "N side"], lines: Lines, sums: Float[Array, " G"]) -> Float[Array, " N"]:
+    """All lanes together with what zero points take off, which is one number for each group, and the scales."""
+    total, zero = lanes @ np.ones(lanes.shape[1], lanes.dtype), lines.zero
+    if lines.scale.shape[1] > 1:
+        return total if zero is None else total - (zero.astype(jnp.float32) * lines.scale) @ sums
+    if zero is not None:
+        total = total - zero[:, 0].astype(total.dtype) * sums[0].astype(total.dtype)
+    return total.astype(jnp.float32) * lines.scale[:, 0]
 
 
 def _lanes(
     lines: Lines, row: Float[Array, "terms places chunks lanes"], never: Bool[Array, ""], cut: Cut
 ) -> Float[Array, "N side"]:
-    """The sum of all terms in each lane, with scales where they are those of groups."""
+    """The sum of all terms in each lane, without zero points, and with scales where they are those of groups."""
     places, count = row.shape[1], len(lines.held)
     wide, grouped = cut.chunks * cut.lanes, lines.scale.shape[1] > 1
-    scale, zero = jax.tree.map(lambda part: _of_terms(part, cut), (lines.scale, lines.zero))
+    scale = _of_terms(lines.scale, cut)
 
     def term(index: int) -> Float[Array, "N chunks lanes"]:
         start = never.astype(jnp.int32) + index * wide
         held = jax.lax.dynamic_slice_in_dim(lines.held, start, wide, 1).reshape(count, cut.chunks, cut.lanes)
-        values = [_values(held, place, places) for place in range(places)]
-        if zero is not None:
-            values = [value - zero[:, index, :, None].astype(jnp.float32) for value in values]
-        total = functools.reduce(operator.add, [value * x[None] for value, x in zip(values, row[index], strict=True)])
+        products = [_values(held, place, places) * row[index, place][None] for place in range(places)]
+        total = functools.reduce(operator.add, products)
         return total * scale[:, index, :, None] if grouped else total
 
     return functools.reduce(operator.add, map(term, range(cut.terms))).reshape(count, wide)
 
 
 def _of_terms(part: Shaped[Array, "N G"], cut: Cut) -> Shaped[Array, "N terms chunks"]:
-    """Scales or zero points for the bytes of each term."""
+    """Scales for the bytes of each term."""
     shape = len(part), cut.terms * cut.chunks
     return jnp.broadcast_to(expand(part, shape), shape).reshape(len(part), cut.terms, cut.chunks)
 
