@@ -47,12 +47,11 @@ def places_of(dtype: Any) -> int:
 
 
 def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:
-    """The bytes that packed codes lie in; codes of a byte as they are."""
+    """The bytes that codes lie in, of float8 too; int8 codes as they are."""
     packed = places_of(codes.dtype)
-    if packed == 1:
-        return codes
-    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // packed, packed)
-    return jax.lax.bitcast_convert_type(pairs, jnp.int8)
+    if packed > 1:
+        codes = codes.reshape(*codes.shape[:-1], codes.shape[-1] // packed, packed)
+    return codes if codes.dtype == jnp.int8 else jax.lax.bitcast_convert_type(codes, jnp.int8)
 
 
 def unpacked(held: Shaped[Array, "..."], place: int | Shaped[Array, "..."], packed: int) -> Shaped[Array, "..."]:

@@ -1,8 +1,13 @@
 """The numbers that codes stand for, before their scale: whole numbers, entries of a codebook, or floats of 8 bits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
+
+from jaxquant.packed import bytes_of
 
 
 def values_of(codes: Shaped[Array, "..."], levels: tuple[float, ...] | None) -> Float[Array, "..."]:
@@ -16,14 +21,14 @@ def values_of(codes: Shaped[Array, "..."], levels: tuple[float, ...] | None) -> 
         return look_up(codes, levels)
     if jnp.issubdtype(codes.dtype, jnp.integer):
         return codes.astype(jnp.float32)
-    return of_float8(jax.lax.bitcast_convert_type(codes, jnp.int8), codes.dtype)
+    return of_float8(bytes_of(codes), codes.dtype)
 
 
 def look_up(codes: Shaped[Array, "..."], levels: tuple[float, ...]) -> Float[Array, "..."]:
     """`levels[codes + count / 2]` as selects, by one bit after the other: a gather is slow on every backend."""
     wide, half = codes.astype(jnp.int32), len(levels) // 2
     # In the order of the lowest bits of a signed code, which start with those of 0.
-    values = [jnp.float32(levels[index ^ half]) for index in range(len(levels))]
+    values: list[Any] = [np.float32(levels[index ^ half]) for index in range(len(levels))]
     while len(values) > 1:
         odd, wide = wide & 1 == 1, wide >> 1
         values = [jnp.where(odd, second, first) for first, second in zip(values[::2], values[1::2], strict=True)]

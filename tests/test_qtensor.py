@@ -336,3 +336,22 @@ def test_a_scale_of_any_divisor_is_a_granularity():
         q = jq.QTensor(jnp.asarray(codes), jnp.asarray(scale), None, np.dtype("float32"), 8)
         size = tuple(n // s for n, s in zip(codes.shape, shape, strict=True))
         assert same(np.asarray(jq.dequantize(q)), (codes * spread(scale, size).astype(np.float32)).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_every_float8_is_the_number_its_bits_say(dtype):
+    """Law: all 256 decode to what ml_dtypes says, subnormals, infinities and NaN included."""
+    codes = np.arange(256, dtype=np.uint8).view(dtype).reshape(16, 16)
+    q = jq.QTensor(jnp.asarray(codes), jnp.ones((1, 1)), None, jnp.float32, 8)
+    for found in (jq.dequantize(q), jax.jit(jq.dequantize)(q)):
+        assert np.array_equal(found, codes.astype(np.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_index_is_looked_up(bits):
+    """Law: a signed code is the entry that comes half their count after it, whatever the container."""
+    levels = tuple(np.linspace(-1, 1, 2**bits).round(3).tolist())
+    codes = np.arange(2**bits) - 2 ** (bits - 1)
+    for dtype in (jnp.int8, jnp.int4) if bits > 2 else (jnp.int8, jnp.int4, jnp.int2):
+        q = jq.QTensor(jnp.asarray(codes[None], dtype), jnp.ones((1, 1)), None, jnp.float32, bits, levels)
+        assert np.array_equal(jq.dequantize(q), np.asarray([levels], np.float32))

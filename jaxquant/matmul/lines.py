@@ -51,10 +51,7 @@ def lines_of(q: QTensor, columns: bool = False) -> Lines:
     def full(part: Array) -> Array:
         return jnp.broadcast_to(part, (part.shape[0], q.shape[2]) if columns else (q.shape[2], part.shape[1]))
 
-    held = (
-        bytes_of(codes) if jnp.issubdtype(codes.dtype, jnp.integer) else jax.lax.bitcast_convert_type(codes, jnp.int8)
-    )
-    return Lines(held, *jax.tree.map(full, (scale, zero)))
+    return Lines(bytes_of(codes), *jax.tree.map(full, (scale, zero)))
 
 
 def never_after(x: Float[Array, "..."]) -> Bool[Array, ""]:
@@ -162,7 +159,7 @@ def _of_columns(rows: Float[Array, "M K"], block: Lines, q: QTensor) -> Float[Ar
         scale, zero = jax.tree.map(lambda part: part[:, place::places], (block.scale, block.zero))
         return _dot(rows, _decoded(Lines(unpacked(block.held, place, places), scale, zero), q, rows), 0)
 
-    return jnp.stack([of(place) for place in range(places)], axis=-1).reshape(len(rows), -1)
+    return jnp.stack([of(place) for place in range(places)], axis=-1).reshape(len(rows), block.scale.shape[1])
 
 
 def _dot(left: Float[Array, "M K"], right: Float[Array, "..."], axis: int) -> Float[Array, "M N"]:

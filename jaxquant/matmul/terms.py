@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int8, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.matmul.integers import LONGEST
@@ -109,24 +109,15 @@ def _lanes(
     """The sum of all terms in each lane, without zero points, and with scales where they are those of groups."""
     places, count = row.shape[1], len(lines.held)
     wide, grouped = cut.chunks * cut.lanes, lines.scale.shape[1] > 1
-    scale = _of_terms(lines.scale, cut)
+    scale = expand(lines.scale, (count, cut.terms * cut.chunks)).reshape(count, -1, cut.chunks) if grouped else None
 
     def term(index: int) -> Float[Array, "N chunks lanes"]:
         start = never.astype(jnp.int32) + index * wide
         held = jax.lax.dynamic_slice_in_dim(lines.held, start, wide, 1).reshape(count, cut.chunks, cut.lanes)
-        products = [_values(held, place, places) * row[index, place][None] for place in range(places)]
+        # In 32 bits, in which a code is shifted without a mask.
+        codes = [unpacked(held.astype(jnp.int32), place, places) for place in range(places)]
+        products = [code.astype(jnp.float32) * row[index, place][None] for place, code in enumerate(codes)]
         total = functools.reduce(operator.add, products)
-        return total * scale[:, index, :, None] if grouped else total
+        return total if scale is None else total * scale[:, index, :, None]
 
     return functools.reduce(operator.add, map(term, range(cut.terms))).reshape(count, wide)
-
-
-def _of_terms(part: Shaped[Array, "N G"], cut: Cut) -> Shaped[Array, "N terms chunks"]:
-    """Scales for the bytes of each term."""
-    shape = len(part), cut.terms * cut.chunks
-    return jnp.broadcast_to(expand(part, shape), shape).reshape(len(part), cut.terms, cut.chunks)
-
-
-def _values(held: Int8[Array, "..."], place: int, places: int) -> Float[Array, "..."]:
-    """The codes at one place of bytes; shifted in 32 bits, which takes no masks."""
-    return (held if places == 1 else unpacked(held.astype(jnp.int32), place, places)).astype(jnp.float32)

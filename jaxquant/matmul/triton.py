@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int8, Shaped
 
 from jaxquant.matmul.integers import LONGEST
-from jaxquant.packed import places_of, unpacked
+from jaxquant.packed import bytes_of, places_of, unpacked
 from jaxquant.values import look_up, of_float8
 
 # How many programs keep every core of a large GPU busy: below that the sum over inputs is split among several.
@@ -132,14 +132,8 @@ def triton_dot(
         compiler_params=triton.CompilerParams(num_warps=8 if cut.rows == 128 else 4, num_stages=3),
         interpret=interpret,
         name=f"dot_{x.dtype}_{codes.dtype}",
-    )(jnp.pad(x, ((0, padded - rows), (0, 0))), _bytes(codes, coding), slopes.reshape(parts, -1, bytes_, coding.packed))
+    )(jnp.pad(x, ((0, padded - rows), (0, 0))), bytes_of(codes), slopes.reshape(parts, -1, bytes_, coding.packed))
     return jnp.sum(out, axis=0).reshape(padded, outputs)[:rows]
-
-
-def _bytes(codes: Shaped[Array, "K N"], coding: Coding) -> Shaped[Array, "K bytes"]:
-    if coding.packed > 1:
-        codes = codes.reshape(codes.shape[0], -1, coding.packed)
-    return jax.lax.bitcast_convert_type(codes, jnp.int8)
 
 
 def _kernel(x_ref, held_ref, slopes_ref, out_ref, *, coding: Coding, step: int):
