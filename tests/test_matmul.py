@@ -34,7 +34,7 @@ from jaxquant.matmul.blocks import _by_inputs
 from jaxquant.matmul.integers import integer_dot
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.precision import level
-from jaxquant.matmul.terms import codes_in_terms, cut_of, floats_in_terms
+from jaxquant.matmul.terms import codes_in_terms, floats_in_terms, terms_of
 from jaxquant.matmul.tokens import Tokens, quantize_tokens, split_outliers
 from jaxquant.packed import places_of
 
@@ -947,17 +947,19 @@ def test_digits_follow_what_the_ones_before_them_left():
     assert (np.abs(found - x @ weight) <= 2.0**-12 * (np.abs(x) @ np.abs(weight))).all()
 
 
-@given(st.integers(1, 400), st.sampled_from([1, 2, 4]), st.sampled_from([jnp.int8, jnp.int4, jnp.int2]))
-def test_terms_take_every_input_once_and_no_lanes_of_two_groups(chunks, groups, dtype):
-    """Law: terms x chunks x lanes are the bytes of a line, a chunk is of one group, and terms are not many."""
-    places = places_of(dtype)
-    inputs = 8 * chunks * groups * places
+@given(st.integers(1, 2048), st.integers(1, 128), st.sampled_from([jnp.int8, jnp.int4, jnp.int2]))
+def test_terms_are_equal_parts_of_a_line_and_cut_no_group(size, groups, dtype):
+    """Law: of equal width, each in one group or of whole ones in whole bytes, and neither too many nor too wide."""
+    places, inputs = places_of(dtype), size * groups
     q = jq.QTensor(jnp.zeros((1, inputs, 8), dtype), jnp.ones((1, groups, 8)), None, jnp.float32, 8)
-    cut = cut_of(q)
-    if cut is not None:
-        assert cut.terms * cut.chunks * cut.lanes * places == inputs
-        assert inputs % (cut.lanes * places * groups) == 0
-        assert cut.terms <= 64 and cut.chunks <= cut.terms
+    terms = terms_of(q)
+    if terms is not None:
+        lanes, rest = divmod(inputs, terms * places)
+        assert rest == 0 and lanes % 8 == 0
+        assert terms % groups == 0 or (groups % terms == 0 and size % places == 0)
+        assert terms <= 64 and lanes <= 32 * terms
+    elif size % (8 * places) == 0 and groups <= 32:
+        assert size // (8 * places) > 32
 
 
 @pytest.mark.parametrize("format", **table(IN_TERMS))
@@ -967,7 +969,7 @@ def test_sums_in_terms_are_exact(rows, format):
     q = exactly(jax.vmap(lambda w: jq.quantize(w, format))(normal((1, 128, 36), 1)))
     least = int(jnp.iinfo(q.codes.dtype).min)
     row, one = np.random.default_rng(0).integers(-128, 128, (1, rows, 128)), jnp.ones((1, rows, 1))
-    run = jax.jit(functools.partial(codes_in_terms, cut=cut_of(q)))
+    run = jax.jit(functools.partial(codes_in_terms, terms=terms_of(q)))
     for codes in (q.codes, jnp.full_like(q.codes, least), jnp.full_like(q.codes, least).at[:, ::2].set(-1 - least)):
         for x in (row, np.full_like(row, -128), np.full_like(row, 127)):
             for zero in (None, 0, 127, -128):
@@ -983,7 +985,7 @@ def test_lanes_of_the_largest_codes_are_added_up_in_whole_numbers():
     q = jq.QTensor(jnp.full((1, 2048, 3), 127, jnp.int8), jnp.ones((1, 1, 3)), None, jnp.float32, 8)
     x = np.full((1, 1, 2048), 127)
     x[..., -1] = 126
-    lanes = codes_in_terms(Tokens(jnp.asarray(x, jnp.int8), jnp.ones((1, 1, 1)), None), q, cut_of(q))
+    lanes = codes_in_terms(Tokens(jnp.asarray(x, jnp.int8), jnp.ones((1, 1, 1)), None), q, terms_of(q))
     assert np.array_equal(lanes, np.full((1, 1, 3), np.float32(127 * int(x.sum()))))
 
 
@@ -998,7 +1000,7 @@ def test_floats_in_terms_are_float32(rows, format):
     for codes in (q.codes, jnp.full_like(q.codes, jnp.iinfo(q.codes.dtype).min)):
         weight = dataclasses.replace(q, codes=codes)
         w = decoded(weight).astype(np.float64)
-        found = jax.jit(functools.partial(floats_in_terms, cut=cut_of(q)))(jnp.asarray(x), weight)
+        found = jax.jit(functools.partial(floats_in_terms, terms=terms_of(q)))(jnp.asarray(x), weight)
         assert np.all(
             np.abs(found - x.astype(np.float64) @ w) <= 128 * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w))
         )

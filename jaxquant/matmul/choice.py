@@ -34,7 +34,7 @@ from jaxquant.matmul.lines import by_lines
 from jaxquant.matmul.machine import multiplies_bfloats
 from jaxquant.matmul.precision import level, may_round
 from jaxquant.matmul.stacks import first_of, one_by_one
-from jaxquant.matmul.terms import Cut, codes_in_terms, cut_of, floats_in_terms
+from jaxquant.matmul.terms import codes_in_terms, floats_in_terms, terms_of
 from jaxquant.matmul.tokens import say
 from jaxquant.packed import places_of
 from jaxquant.qtensor import QTensor
@@ -162,8 +162,8 @@ def _of_floats(
     if _is_in_digits(rows, q, inputs_last, precision):
         unpacked = None if inputs_last else by_inputs(rows, q)
         cpu = functools.partial(digits, product=unpacked(product) if unpacked else product)
-    elif cut := _in_terms(rows, q, inputs_last):
-        cpu = functools.partial(floats_in_terms, cut=cut)
+    elif terms := _in_terms(rows, q, inputs_last):
+        cpu = functools.partial(floats_in_terms, terms=terms)
     return Formulation(WEIGHT_ONLY, "activations=None", gpu=gpu, cpu=cpu)
 
 
@@ -179,9 +179,9 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
     return rows <= few
 
 
-def _in_terms(rows: int, q: QTensor, inputs_last: bool) -> Cut | None:
-    """How so few rows meet a weight in terms on a CPU; None where they do not."""
-    return cut_of(q) if inputs_last and 0 < rows <= _FEW_IN_TERMS and not _reads_fast(q) else None
+def _in_terms(rows: int, q: QTensor, inputs_last: bool) -> int | None:
+    """In how many terms so few rows meet a weight on a CPU; None where they do not."""
+    return terms_of(q) if inputs_last and 0 < rows <= _FEW_IN_TERMS and not _reads_fast(q) else None
 
 
 def _is_of_bytes(q: QTensor) -> bool:
@@ -212,8 +212,8 @@ def _of_codes(
     if groups == inputs > 1:
         run, gpu = (form and functools.partial(folded, run=form) for form in (run, gpu))
         return Formulation(INTEGER, run=run, gpu=gpu)
-    if cut := _in_terms(rows, q, inputs_last):
-        in_row = functools.partial(in_codes, product=functools.partial(codes_in_terms, cut=cut))
+    if terms := _in_terms(rows, q, inputs_last):
+        in_row = functools.partial(in_codes, product=functools.partial(codes_in_terms, terms=terms))
         return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
     of_said = cpu and (lambda x, q: cpu(heard(x, q), q))
     in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))

@@ -1,8 +1,8 @@
 """A few rows by a weight whose inputs lie last, on a CPU, as a sum that is written out term by term.
 
-    out[n] = sum_l sum_t scale[n, g] codes[n, t, l] x[t, l]  -  sum_g scale[n, g] zero[n, g] sum_k x[g, k]
+    out[n] = sum_l sum_g scale[n, g] sum_t codes[n, g, t, l] x[g, t, l]  -  sum_g scale[n, g] zero[n, g] sum_k x[g, k]
 
-with lanes l side by side, terms t, and g the group of both.
+with groups g, the terms t of a group, and lanes l side by side.
 
 Of a sum of floats along an axis LLVM makes no vector instructions, because they would add in another order. Terms that
 are added one after the other are vectors already: codes are read, widened and multiplied lane by lane, in one pass that
@@ -14,7 +14,8 @@ number below 2^24, which is exact, and lanes are added up in 32 bits.
 
 import functools
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,71 +30,73 @@ from jaxquant.packed import places_of, unpacked
 from jaxquant.qtensor import QTensor
 from jaxquant.trace.views import expand
 
-# Lanes of a group; as many terms as LLVM makes the best code of, and so many that it still makes vectors.
-_LANES, _BEST_TERMS, _MOST_TERMS = (32, 16, 8), 32, 64
+# LLVM makes vectors of up to so many terms, and of fewer where each is of several groups with their scales; lanes are a
+# multiple of the smallest vector.
+_MOST, _MOST_SCALED, _MULTIPLE = 64, 32, 8
+# Of fewer terms with more lanes than this many to a term, there would be as much to add up as to multiply.
+_WIDEST = 32
+# So many numbers are added up in a row: in a longer sum each addition would wait for the one before it.
+_IN_A_ROW = 4
 
 
-class Cut(NamedTuple):
-    """How the bytes of a line are cut: into `terms` of some chunks side by side, of so many `lanes` of one group."""
+def terms_of(q: QTensor) -> int | None:
+    """How many terms a weight `[B, K, N]` in integer codes whose inputs lie last is taken in, or None.
 
-    terms: int
-    chunks: int
-    lanes: int
-
-
-def cut_of(q: QTensor) -> Cut | None:
-    """The cut for a weight `[B, K, N]` in integer codes whose inputs lie last; None where it cannot be taken so."""
+    As many as may be, each of one group or of a few whole ones, and as wide as the others.
+    """
     inputs, groups, places = q.shape[1], q.scale.shape[1], places_of(q.codes.dtype)
-    lanes = next((size for size in _LANES if inputs % (groups * size * places) == 0), 0)
-    if not lanes or inputs > groups * LONGEST or not is_alone(q):
+    if inputs > groups * LONGEST or not is_alone(q):
         return None
-    chunks = inputs // (places * lanes)
-    even = [count for count in range(1, _MOST_TERMS + 1) if chunks % count == 0]
-    terms = min(even, key=lambda count: abs(count - _BEST_TERMS))
-    # Of few terms of many lanes there would be as much to add up as to multiply.
-    return Cut(terms, chunks // terms, lanes) if terms**2 >= chunks else None
+
+    def fits(terms: int) -> bool:
+        lanes, rest = divmod(inputs, terms * places)
+        # No term is of parts of groups, and no byte of two.
+        several = terms <= _MOST_SCALED and groups % terms == 0 and lanes % (groups // terms) == 0
+        return (terms % groups == 0 or several) and rest == lanes % _MULTIPLE == 0 and lanes <= _WIDEST * terms
+
+    return next(filter(fits, range(_MOST, 0, -1)), None)
 
 
-def floats_in_terms(x: Float[Array, "1 M K"], q: QTensor, cut: Cut) -> Float[Array, "1 M N"]:
+def floats_in_terms(x: Float[Array, "1 M K"], q: QTensor, terms: int) -> Float[Array, "1 M N"]:
     """The product of activations in floats, in float32.
 
     Args:
       x: the activations.
       q: the weight.
-      cut: how to cut it.
+      terms: how many to take it in.
     """
-    return _by_rows(x[0].astype(jnp.float32), q, cut, jnp.float32)[None]
+    return _by_rows(x[0].astype(jnp.float32), q, terms, jnp.float32)[None]
 
 
-def codes_in_terms(tokens: Tokens, q: QTensor, cut: Cut) -> Float[Array, "1 M N"]:
+def codes_in_terms(tokens: Tokens, q: QTensor, terms: int) -> Float[Array, "1 M N"]:
     """The product of activations in codes.
 
     Args:
       tokens: the activations, `[1, M, K]`.
       q: the weight.
-      cut: how to cut it.
+      terms: how many to take it in.
     """
     codes = tokens.codes[0].astype(jnp.float32)
     codes = codes if tokens.zero is None else codes - tokens.zero[0]
-    return tokens.scale * _by_rows(codes, q, cut, jnp.int32 if q.scale.shape[1] == 1 else jnp.float32)[None]
+    return tokens.scale * _by_rows(codes, q, terms, jnp.int32 if q.scale.shape[1] == 1 else jnp.float32)[None]
 
 
-def _by_rows(rows: Float[Array, "M K"], q: QTensor, cut: Cut, dtype: Any) -> Float[Array, "M N"]:
+def _by_rows(rows: Float[Array, "M K"], q: QTensor, terms: int, dtype: Any) -> Float[Array, "M N"]:
     """The product of each row with all lines, whose lanes are added up in `dtype`."""
     lines, never = lines_of(q), never_after(rows)
-    laid = jnp.moveaxis(rows.reshape(len(rows), *cut, places_of(q.codes.dtype)), 4, 2)
+    laid = jnp.moveaxis(rows.reshape(len(rows), terms, -1, places_of(q.codes.dtype)), 3, 2)
     # Two things keep XLA from undoing it. The rows leave a branch, or they would be computed anew for each output; and
     # terms begin where only the run shows, or a loop over tokens would widen all codes before it starts.
     written = jax.lax.cond(never, jnp.zeros_like, lambda same: same, laid)
     sums = jnp.sum(rows.reshape(len(rows), q.scale.shape[1], -1), axis=-1)
     outs = [
-        _whole(_lanes(lines, row, never, cut).astype(dtype), lines, of_row)
+        _whole(_lanes(lines, row, never).astype(dtype), lines, of_row)
         for row, of_row in zip(written, sums, strict=True)
     ]
     return jnp.stack(outs)
 
 
-def _whole(lanes: Shaped[Array, "N side"], lines: Lines, sums: Float[Array, " G"]) -> Float[Array, " N"]:
+def _whole(lanes: Shaped[Array, "N lanes"], lines: Lines, sums: Float[Array, " G"]) -> Float[Array, " N"]:
     """All lanes together with what zero points take off, which is one number for each group, and the scales."""
     total, zero = lanes @ np.ones(lanes.shape[1], lanes.dtype), lines.zero
     if lines.scale.shape[1] > 1:
@@ -103,21 +106,28 @@ def _whole(lanes: Shaped[Array, "N side"], lines: Lines, sums: Float[Array, " G"
     return total.astype(jnp.float32) * lines.scale[:, 0]
 
 
-def _lanes(
-    lines: Lines, row: Float[Array, "terms places chunks lanes"], never: Bool[Array, ""], cut: Cut
-) -> Float[Array, "N side"]:
+def _lanes(lines: Lines, row: Float[Array, "terms places lanes"], never: Bool[Array, ""]) -> Float[Array, "N lanes"]:
     """The sum of all terms in each lane, without zero points, and with scales where they are those of groups."""
-    places, count = row.shape[1], len(lines.held)
-    wide, grouped = cut.chunks * cut.lanes, lines.scale.shape[1] > 1
-    scale = expand(lines.scale, (count, cut.terms * cut.chunks)).reshape(count, -1, cut.chunks) if grouped else None
+    (terms, places, lanes), groups = row.shape, lines.scale.shape[1]
+    # Terms of one group are added up before its scale comes.
+    together = max(1, terms // groups)
+    scale = lines.scale.reshape(len(lines.held), terms // together, -1)
 
-    def term(index: int) -> Float[Array, "N chunks lanes"]:
-        start = never.astype(jnp.int32) + index * wide
-        held = jax.lax.dynamic_slice_in_dim(lines.held, start, wide, 1).reshape(count, cut.chunks, cut.lanes)
-        # In 32 bits, in which a code is shifted without a mask.
-        codes = [unpacked(held.astype(jnp.int32), place, places) for place in range(places)]
-        products = [code.astype(jnp.float32) * row[index, place][None] for place, code in enumerate(codes)]
-        total = functools.reduce(operator.add, products)
-        return total if scale is None else total * scale[:, index, :, None]
+    def products(term: int) -> Iterator[Float[Array, "N lanes"]]:
+        held = jax.lax.dynamic_slice_in_dim(lines.held, never.astype(jnp.int32) + term * lanes, lanes, 1)
+        for place in range(places):
+            # In 32 bits, in which a code is shifted without a mask.
+            yield unpacked(held.astype(jnp.int32), place, places).astype(jnp.float32) * row[term, place][None]
 
-    return functools.reduce(operator.add, map(term, range(cut.terms))).reshape(count, wide)
+    def of_some(index: int) -> Float[Array, "N lanes"]:
+        some = range(index * together, (index + 1) * together)
+        total = _added([product for term in some for product in products(term)])
+        return total if groups == 1 else total * expand(scale[:, index], total.shape)
+
+    return _added([of_some(index) for index in range(terms // together)])
+
+
+def _added(parts: Sequence[Array]) -> Array:
+    """The sum of arrays, some and then those sums."""
+    starts = range(0, len(parts), _IN_A_ROW)
+    return functools.reduce(operator.add, [functools.reduce(operator.add, parts[at : at + _IN_A_ROW]) for at in starts])
