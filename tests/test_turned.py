@@ -94,11 +94,17 @@ def test_packed_codes_are_turned_in_bytes(format, rows, activations):
         np.testing.assert_allclose(run(turned, x), run(q, x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_bytes_of_a_packed_weight_are_never_taken_apart_in_memory():
-    """No array of codes, and no decoded weight, is in the compiled program: a block of lines is the largest."""
-    turned, x = jq.turned(jq.quantize(normal(256, 1024), jq.int4(group=64))), normal(1, 256)
-    compiled = jax.jit(jq.quantized(lambda w, x: x @ w, activations=None)).lower(turned, x).compile()
-    assert "s4[" not in compiled.as_text()
+@pytest.mark.parametrize(
+    "options",
+    [{"activations": None}, {}, {"activations": jq.int8(symmetric=False), "outliers": 1}],
+    ids=["float", "int8", "affine-outlier"],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_bytes_of_a_packed_weight_are_never_taken_apart_in_memory(rows, options):
+    """No array of codes, or of bytes packed anew, and no decoded weight is in the compiled program."""
+    turned, x = jq.turned(jq.quantize(normal(256, 1024), jq.int4(group=64))), normal(rows, 256)
+    compiled = jax.jit(jq.quantized(lambda w, x: x @ w, **options)).lower(turned, x).compile()
+    assert "s4[" not in compiled.as_text() and "u8[" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 1024 * 3 // 4
 
 
