@@ -108,6 +108,15 @@ def test_the_bytes_of_a_packed_weight_are_never_taken_apart_in_memory(rows, opti
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 1024 * 3 // 4
 
 
+@pytest.mark.parametrize("options", [{"activations": None}, {}, {"outliers": 1}], ids=["float", "int8", "outlier"])
+def test_the_bytes_of_a_stack_are_never_taken_apart_in_its_loop(options):
+    """No codes of one matrix of packed ones, and no bytes of it packed anew, are in the compiled program."""
+    q, x = jq.quantize(normal(3, 96, 256), jq.int4(group=64), axis=2), normal(3, 1, 256)
+    fn = jq.quantized(lambda w, x: jnp.einsum("bmk,bnk->bmn", x, w), **options)
+    text = jax.jit(fn).lower(q, x).compile().as_text()
+    assert not re.search(r"(s4|u8)\[(1,)?(96|256),", text)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_turned_models_are_the_same_models(name):
     """Models of every framework, and in `explain`."""

@@ -43,8 +43,10 @@ def one_by_one(run: Run, inputs_last: bool) -> Run:
         parts = jax.tree.map(lambda part: jnp.broadcast_to(part, (len(x), *part.shape[1:])), parts)
 
         def one(operands: tuple[Array, QTensor]) -> Float[Array, "M N"]:
-            x, q = jax.tree.map(lambda part: part[None], operands)
-            return run(x, dataclasses.replace(q, codes=lying(q.unpacked.codes)))[0]
+            x, q = operands
+            # Before it is a stack of one, in which XLA would not see that the bytes are those it has.
+            upright = dataclasses.replace(q, codes=lying(q.unpacked.codes))
+            return run(*jax.tree.map(lambda part: part[None], (x, upright)))[0]
 
         return jax.lax.map(one, (x, parts))
 
