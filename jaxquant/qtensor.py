@@ -47,8 +47,8 @@ class QTensor:
     """An array in codes: a pytree of arrays that jits, vmaps, scans, shards and donates like any other.
 
     Args:
-      codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count; in a
-        turned weight as `Packed` bytes.
+      codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count;
+        `turned` makes `Packed` bytes of those of 4 and 2 bits.
       scale: float32; each axis divides the same axis of `codes`. Or a `QTensor` of it (`double_quantize`).
       zero: zero point of the shape of `scale`, or None for a symmetric format. Formats have integers; float32 ones,
         no whole number of steps, come from files (`load_gguf`) and from a `KVCache`.

@@ -68,10 +68,11 @@ def turned(tree: PyTree) -> PyTree:
 
     Args:
       tree: with `QTensor`s in it. Turned are matrices of int8 and float8, stacks of them with one scale for all their
-        inputs, and matrices of 4 and 2 bits in groups of whole bytes of inputs.
+        inputs, and matrices of 4 and 2 bits in groups of whole bytes of inputs. A matrix whose inputs lie last as it
+        comes, as its scales tell (`[out, in]`, an embedding), stays so.
 
     Returns:
-      The tree with a `Turned` in the place of each.
+      The tree with a `Turned` in the place of each, and codes of 4 and 2 bits as `Packed` bytes.
     """
 
     # A weight that is turned already stays as it is.
@@ -84,12 +85,18 @@ def dequantize(tree: PyTree) -> PyTree:
 
 
 def _turn(q: QTensor) -> Any:
-    if q.ndim < 2 or not (_is_of_bytes(q) or _is_packed(q)):
+    if isinstance(q.codes, Packed):
         return q
-    lying = transpose(q, swapped(q.ndim))
-    if _is_packed(q):
-        lying = dataclasses.replace(lying, codes=Packed(bytes_of(lying.codes), lying.codes.dtype))
-    return Turned(lying)
+    if _has_inputs_last(q):
+        return _in_bytes(q) if _is_packed(q, axis=1) else q
+    if q.ndim < 2 or not (_is_of_bytes(q) or _is_packed(q, axis=0)):
+        return q
+    return Turned(_in_bytes(transpose(q, swapped(q.ndim))))
+
+
+def _has_inputs_last(q: QTensor) -> bool:
+    """Whether a matrix has scales of its own for each row, and fewer of them than columns."""
+    return q.ndim == 2 and q.scale.shape[0] == q.shape[0] and q.scale.shape[1] < q.shape[1]
 
 
 def _is_of_bytes(q: QTensor) -> bool:
@@ -98,10 +105,16 @@ def _is_of_bytes(q: QTensor) -> bool:
     return of_bytes and (q.ndim == 2 or q.scale.shape[:-1] == (*q.shape[:-2], 1))
 
 
-def _is_packed(q: QTensor) -> bool:
-    """A matrix with several codes to a byte of inputs, all of one group."""
-    places, groups = places_of(q.codes.dtype), q.scale.shape[0]
-    return places > 1 and q.ndim == 2 and groups > 0 and q.shape[0] // groups % places == 0
+def _is_packed(q: QTensor, axis: int) -> bool:
+    """A matrix with several codes to a byte of inputs, which are those of an axis, all of one group."""
+    places, groups = places_of(q.codes.dtype), q.scale.shape[axis]
+    return places > 1 and q.ndim == 2 and groups > 0 and q.shape[axis] // groups % places == 0
+
+
+def _in_bytes(q: QTensor) -> QTensor:
+    """Codes of less than a byte as the bytes they lie in."""
+    packed = places_of(q.codes.dtype) > 1
+    return dataclasses.replace(q, codes=Packed(bytes_of(q.codes), q.codes.dtype)) if packed else q
 
 
 def is_turned(leaf: Any) -> bool:
@@ -115,8 +128,8 @@ def is_in_codes(leaf: Any) -> bool:
 
 
 def upright(leaf: Any) -> Any:
-    """A turned weight as it was; anything else as it is."""
-    return leaf.upright if is_turned(leaf) else leaf
+    """A weight in codes as it was before `turned`; anything else as it is."""
+    return leaf.upright if is_turned(leaf) else leaf.unpacked if is_qtensor(leaf) else leaf
 
 
 def swapped(rank: int) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from models import FEW, MODELS
 import jaxquant as jq
 from jaxquant import errors
 from jaxquant.matrices import Matrices
+from jaxquant.packed import Packed
 from jaxquant.params import axes_of, is_matrix
 from jaxquant.stats import THRESHOLDS
 from jaxquant.trace import path_name
@@ -405,12 +406,14 @@ def test_turned_weights_are_observed_as_the_upright_ones():
     """Law: the same paths, axes and numbers, of matrices, stacks and transposed weights, and of shapes alone."""
 
     def fn(p, x):
-        return scan(p["stack"], act(act(x @ p["w"]) @ p["tied"].T)), x @ p["beside"]
+        return scan(p["stack"], act(act(x @ p["w"]) @ p["tied"].T)), x @ p["embedding"].T, x @ p["beside"]
 
-    floats = {"stack": STACK, "w": W, "tied": W.T, "beside": W}
-    qparams = jq.quantize_params(floats, where=lambda path, leaf: path != "beside")
+    floats = {"stack": STACK, "w": W, "tied": W.T, "embedding": W.T, "beside": W}
+    qparams = jq.quantize_params(floats, where=lambda path, leaf: path not in ("embedding", "beside"))
+    qparams = jq.quantize_params(qparams, jq.int4, where=lambda path, leaf: path == "embedding")
     turned = jq.turned(qparams)
     assert all(isinstance(turned[path], jq.Turned) for path in ("stack", "w", "tied"))
+    assert isinstance(turned["embedding"].codes, Packed)
     expected = jq.calibrate(fn, qparams, [X, X[:2]])
     assert same(jq.calibrate(fn, turned, [X, X[:2]]), expected) and set(expected) == set(floats)
     heard = []

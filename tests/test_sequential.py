@@ -87,14 +87,17 @@ def test_a_stack_indexed_by_hand_is_quantized_element_by_element():
     np.testing.assert_allclose(jq.dequantize(a), jq.dequantize(b), atol=0.02)
 
 
-def test_what_is_in_codes_already_is_used_decoded_and_stays():
+@pytest.mark.parametrize(("format", "axis"), [(jq.int8, 0), (jq.int4, 1)], ids=["int8", "int4, inputs last"])
+def test_what_is_in_codes_already_is_used_decoded_and_stays(format, axis):
     """Law: the others are those beside the decoded weight, whether it is turned or not; to choose it is an error."""
-    first, rest = jq.quantize_params({"layer0": PARAMS["layer0"]}), {k: v for k, v in PARAMS.items() if k != "layer0"}
+    first, rest = ({k: v for k, v in PARAMS.items() if (k == "layer0") is one} for one in (True, False))
+    first = {"layer0": jq.quantize(first["layer0"], format, axis=axis)}
     where = lambda path, leaf: path != "layer0"  # noqa: E731
     expected = jq.quantize_sequentially(chain, jq.dequantize(first) | rest, XS, jq.gptq(G8), where=where)
     for tree in (first, jq.turned(first)):
         found = jq.quantize_sequentially(chain, tree | rest, XS, jq.gptq(G8), where=where)
         assert type(found["layer0"]) is type(tree["layer0"])
+        assert jax.tree.structure(found["layer0"]) == jax.tree.structure(tree["layer0"])
         assert same(*(jax.tree.leaves(one["layer0"]) for one in (found, tree)))
         assert all(same(found[path], expected[path]) for path in rest)
         with pytest.raises(NotQuantizableError, match=r"^layer0 is a QTensor"):

@@ -108,6 +108,38 @@ def test_the_bytes_of_a_packed_weight_are_never_taken_apart_in_memory(rows, opti
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 1024 * 3 // 4
 
 
+@pytest.mark.parametrize("format", [*OF_BYTES.values(), *PACKED.values()], ids=[*OF_BYTES, *PACKED])
+def test_inputs_that_lie_last_stay_where_they_are(format):
+    """Law: `[out, in]` and embeddings are not turned; packed codes are held as bytes, and the numbers are the same."""
+    embedding = jq.quantize_params({"embedding": normal(48, 32)}, format)
+    rows = {"embedding": jq.quantize(normal(48, 32), format, axis=1)}
+    for q in (embedding, rows):
+        turned, t = jq.turned(q), jnp.array([[5, 0, 47]])
+        per_tensor = q["embedding"].scale.shape == (1, 1)
+        assert isinstance(turned["embedding"], jq.Turned if per_tensor else jq.QTensor)
+        fn = lambda p, t: p["embedding"][t] @ p["embedding"].T  # noqa: E731
+        for activations in (jq.int8, None):
+            run = jax.jit(jq.quantized(fn, activations=activations))
+            np.testing.assert_allclose(run(turned, t), run(q, t), rtol=1e-5, atol=1e-5)
+        assert same(jq.dequantize(turned), jq.dequantize(q)) and turned["embedding"].nbytes == q["embedding"].nbytes
+        assert jax.tree.structure(jq.turned(turned)) == jax.tree.structure(turned)
+
+
+@pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False), None], ids=["int8", "affine", "float"])
+def test_the_bytes_of_a_tied_head_are_never_taken_apart_in_a_loop(activations):
+    """Law: rows are looked up in the bytes that the head multiplies, and nothing of half their size is written."""
+    q = jq.turned(jq.quantize_params({"embedding": normal(4096, 256)}, jq.int4(group=64)))
+
+    def step(p, token):
+        return jnp.argmax(p["embedding"][token] @ p["embedding"].T, -1), token
+
+    fn = jq.quantized(
+        lambda p, token: jax.lax.scan(lambda t, _: step(p, t), token, length=4)[1], activations=activations
+    )
+    compiled = jax.jit(fn).lower(q, jnp.array([3])).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 256 // 4
+
+
 @pytest.mark.parametrize("options", [{"activations": None}, {}, {"outliers": 1}], ids=["float", "int8", "outlier"])
 def test_the_bytes_of_a_stack_are_never_taken_apart_in_its_loop(options):
     """No codes of one matrix of packed ones, and no bytes of it packed anew, are in the compiled program."""

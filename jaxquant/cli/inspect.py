@@ -45,8 +45,8 @@ def _format(leaf: Any) -> str:
 
 def _histogram(leaf: Any) -> str:
     """How often each sixteenth of the range is taken, as bars; of codes where there are codes."""
-    stored = leaf.stored.unpacked if is_turned(leaf) else leaf
-    values = getattr(stored, "codes", stored)
+    stored = leaf.stored if is_turned(leaf) else leaf
+    values = stored.unpacked.codes if isinstance(stored, QTensor) else stored
     if not isinstance(values, jax.Array | np.ndarray) or jax.numpy.issubdtype(values.dtype, jax.dtypes.prng_key):
         return ""
     return _bars(np.asarray(values).reshape(-1))

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import GatherScatterMode
+from jax.lax import GatherDimensionNumbers, GatherScatterMode
 from jaxtyping import Array, Int
 
+from jaxquant.packed import Packed, bytes_of, places_of
 from jaxquant.trace import Param
 from jaxquant.trace.views import Bundle
 
@@ -89,9 +90,7 @@ def slices(bundle: Bundle, pick: Pick) -> Bundle:
     safe = jnp.clip(indices, 0, n - 1)
 
     def part(array: Array) -> Array:
-        sizes = tuple(1 if a == axis else size for a, size in enumerate(array.shape))
-        index = safe // (n // array.shape[axis])
-        return jax.lax.gather(array, index, params["dimension_numbers"], sizes, mode="clip")
+        return _taken(array, safe // (n // array.shape[axis]), axis, params["dimension_numbers"])
 
     taken = jax.tree.map(part, bundle)
     if params["mode"] != GatherScatterMode.FILL_OR_DROP:
@@ -104,3 +103,15 @@ def slices(bundle: Bundle, pick: Pick) -> Bundle:
         return jnp.where(mask, jnp.nan, array) if wide else array
 
     return jax.tree.map(fill, taken)
+
+
+def _taken(array: Array, index: Int[Array, "... 1"], axis: int, numbers: GatherDimensionNumbers) -> Array:
+    """Slices of one array along an axis; rows of packed codes as the bytes they lie in, as which a loop holds them."""
+    places = places_of(array.dtype)
+    if places > 1 and axis == 0 and array.ndim == 2 and array.shape[1] % places == 0:
+        # Two of them where there is one: for a slice XLA on CPU would pack all bytes, for a gather those it reads.
+        indices = jnp.stack([index] * (2 if index.size == 1 else 1))
+        held = jax.vmap(lambda index: _taken(bytes_of(array), index, axis, numbers))(indices)
+        return Packed(held[0], array.dtype).codes
+    sizes = tuple(1 if a == axis else size for a, size in enumerate(array.shape))
+    return jax.lax.gather(array, index, numbers, sizes, mode="clip")

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxquant.adapter import entered, is_adapted
+from jaxquant.adapter import entered, is_adapted, is_leaf
 from jaxquant.errors import CalibrationError, NonFiniteError, StatsError, UnseenError
 from jaxquant.params import is_matrix
 from jaxquant.stats import Stats, observe
 from jaxquant.transforms.meetings import watch
 from jaxquant.transforms.observe import Look, Seen, spread_taken
 from jaxquant.transforms.watch import Observations, Sight, observed
-from jaxquant.turned import is_turned, upright
+from jaxquant.turned import upright
 
 
 def calibrate(
@@ -58,7 +58,7 @@ def calibrate(
       UnseenError: a weight is used in a way that hides which of its axes are contracted.
       NoMatchError: `where` chose nothing.
     """
-    watched = watch(jax.tree.map(_entered, params, is_leaf=lambda leaf: is_turned(leaf) or is_adapted(leaf)), where)
+    watched = watch(jax.tree.map(_entered, params, is_leaf=is_leaf), where)
     look = functools.partial(observe, gram=gram)
     steps: dict[Hashable, Callable] = {}
     totals: dict[tuple[Sight, ...], list[Seen]] = {}  # batches may take different ways through the function
@@ -81,7 +81,7 @@ def calibrate(
 
 
 def _entered(leaf: Any) -> Any:
-    """A turned weight as it was, an adapter taken apart; arrays stay as they are."""
+    """A weight in codes as it was before `turned`, an adapter taken apart; arrays stay as they are."""
     enter = entered if is_adapted(leaf) else upright
     # Of shapes there are only shapes: nothing is computed on them, and nothing could be.
     return jax.eval_shape(enter, leaf) if any(map(_is_shape, jax.tree.leaves(leaf))) else enter(leaf)

@@ -25,7 +25,7 @@ from jaxquant.stats import Stats, observe
 from jaxquant.trace import Equation, Param, Plain, Recorded, views
 from jaxquant.transforms.meetings import Meet, Tokens, rules, watch
 from jaxquant.transforms.observe import Arrangement, Seen, arrange, spread_taken
-from jaxquant.turned import is_turned, upright
+from jaxquant.turned import is_in_codes, upright
 
 
 def quantize_sequentially(
@@ -68,7 +68,7 @@ def quantize_sequentially(
     rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     args = _stacked(rows)
     mapped = fn if len(rows) == 1 else jax.vmap(fn, in_axes=(None,) + (0,) * len(args))
-    watched = watch(jax.tree.map(upright, params, is_leaf=is_turned), functools.partial(_chooses, where))
+    watched = watch(jax.tree.map(upright, params, is_leaf=is_in_codes), functools.partial(_chooses, where))
 
     def whole(params: PyTree, *args: Any) -> tuple:
         mapped(params, *args)
@@ -78,7 +78,7 @@ def quantize_sequentially(
     staged = trace.stage(whole, do, (watched, *args), {})
     _, records = trace.record(staged.jaxpr, staged.inputs, do)
     done = _replaced(watched, records)
-    return jax.tree.map(lambda old, new: old if is_turned(old) else new, params, done, is_leaf=is_turned)
+    return jax.tree.map(lambda old, new: old if is_in_codes(old) else new, params, done, is_leaf=is_in_codes)
 
 
 def _check_bare(params: PyTree) -> None:
