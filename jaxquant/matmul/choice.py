@@ -214,7 +214,9 @@ def _of_codes(
         return Formulation(INTEGER, run=run, gpu=gpu)
     if terms := _in_terms(rows, q, inputs_last):
         in_row = functools.partial(in_codes, product=functools.partial(codes_in_terms, terms=terms))
-        return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=in_row)
+        # A sum of floats takes outliers as they are, where a sum of whole numbers has them beside it.
+        among = lambda x, q: floats_in_terms(heard(x, q), q, terms)  # noqa: E731
+        return Formulation(INTEGER, run=run if groups == 1 else None, say=heard, cpu=among if outliers else in_row)
     of_said = cpu and (lambda x, q: cpu(heard(x, q), q))
     in_bfloats = narrow and functools.partial(in_codes, product=functools.partial(of_bfloats, product=narrow))
     if groups == 1:
