@@ -11,23 +11,19 @@ What is large in some is spread by a Hadamard matrix, which queries get too (Qua
 
 import dataclasses
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from jaxquant.attention import Heads, Position, attend
 from jaxquant.encode import extremes, quantize
 from jaxquant.errors import FormatError, ShapeError
 from jaxquant.format import Format, int8
 from jaxquant.inputs import block_length, hadamard
 from jaxquant.packed import Packed, bytes_of, places_of, unpacked
 from jaxquant.qtensor import QTensor, decode, true_bytes
-
-Heads = Float[Array, "batch time heads width"]
-Position = Int[ArrayLike, ""]
 
 # Queries of a prompt that are taken together, at least, and the most such blocks: fewer would meet more keys after
 # theirs, which is work for nothing, and each block is one more to compile.
@@ -162,21 +158,7 @@ class KVCache:
 
     def _mixed(self, queries: Heads, position: Position) -> Heads:
         """softmax(q k^T) v for queries that were rotated and scaled, in float32."""
-        batch, time, heads, width = queries.shape
-        kv_heads = self.held_keys.held.shape[2]
-        # The queries that share a key become more rows of one product.
-        rows = queries.swapaxes(1, 2).reshape(batch, kv_heads, heads // kv_heads * time, width)
-        keys, values = self._of_places(self.held_keys), self._of_places(self.held_values)
-        # Keys as the left operand, because XLA on CPU packs the right one anew at every call.
-        of_places = [
-            jnp.einsum("bskd,bkrd->bksr", part, rows[..., place :: len(keys)]) for place, part in enumerate(keys)
-        ]
-        scores = functools.reduce(operator.add, of_places).swapaxes(2, 3)
-        visible = jnp.arange(self.length)[None, :] <= jnp.asarray(position) + jnp.arange(time)[:, None]
-        visible = jnp.tile(visible, (heads // kv_heads, 1))
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-        mixed = jnp.stack([jnp.einsum("bkrs,bskd->bkrd", weights, part) for part in values], axis=-1)
-        return mixed.reshape(batch, heads, time, width).swapaxes(1, 2)
+        return attend(queries, self._of_places(self.held_keys), self._of_places(self.held_values), position)
 
     def _of_places(self, part: Held) -> list[Float[Array, "batch length heads bytes"]]:
         """What the codes at each place of a byte stand for, in float32, shift and rotation not undone."""

@@ -22,6 +22,7 @@ LAYERS = {
     "table": 1,
     "optional": 1,
     "packed": 1,
+    "attention": 1,
     "values": 2,
     "lowering": 2,
     "inputs": 2,
