@@ -22,7 +22,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from generation import generate, generate_step
-from llama import KVCache, Llama, LlamaConfig, fused
+from llama import KVCache, Llama, LlamaConfig, attend, fused
 from llama_gguf import fetch_smollm2, load_llama
 
 import jaxquant as jq
@@ -49,7 +49,7 @@ def linear_layers(config: LlamaConfig, params: Any, x: jax.Array) -> jax.Array:
 def attentions(config: LlamaConfig, cache: KVCache, queries: jax.Array) -> jax.Array:
     """The attention of every layer, each with what the one before it gave."""
     for layer in cache.layers:
-        queries = layer.attend(queries, cache.position)
+        queries = attend(queries, layer.keys, layer.values, cache.position)
     return queries
 
 

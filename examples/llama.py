@@ -15,9 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention import HeadArray, attend, attend_from_one, attend_to_itself
 from flax import linen as nn
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+
+HeadArray = Float[Array, "batch time heads head_width"]
+
+# Queries of a prompt that are taken together, at least, and the most such blocks, each of which is compiled.
+QUERY_BLOCK, MOST_BLOCKS = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,7 @@ class LayerCache:
         """Attention of queries that begin at `position`."""
         keys, values, time = self.keys, self.values, queries.shape[1]
         if time == 1:
-            return attend_from_one(queries, keys, values, position)
+            return attend(queries, keys, values, position)
         return jax.lax.cond(
             position == 0,
             lambda first: attend_to_itself(first, keys[:, :time], values[:, :time]),
@@ -136,6 +141,29 @@ def rope(x: HeadArray, turns: Float[Array, "2 time pairs"]) -> HeadArray:
     cos, sin = turns[:, None, :, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def attend(q: HeadArray, k: HeadArray, v: HeadArray, position: Int[ArrayLike, ""]) -> HeadArray:
+    """Causal softmax attention of queries that begin at `position`; neighbouring query heads share a KV head."""
+    batch, time, heads, head_width = q.shape
+    length, kv_heads = k.shape[1:3]
+    shared = heads // kv_heads
+    # The queries that share a key become more rows of one matrix product, so that no key is copied.
+    rows = q.swapaxes(1, 2).reshape(batch, kv_heads, shared * time, head_width)
+    # Keys as the left operand, because XLA on CPU packs the right one anew at every call.
+    scores = jnp.einsum("bskd,bkrd->bksr", k, rows).swapaxes(2, 3) * head_width**-0.5
+    visible = jnp.arange(length)[None] <= position + jnp.arange(time)[:, None]
+    visible = jnp.tile(visible, (shared, 1))[None, None]
+    weights = nn.softmax(jnp.where(visible, scores, -jnp.inf))
+    mixed = jnp.einsum("bkrs,bskd->bkrd", weights, v)
+    return mixed.reshape(batch, heads, time, head_width).swapaxes(1, 2)
+
+
+def attend_to_itself(q: HeadArray, k: HeadArray, v: HeadArray) -> HeadArray:
+    """Attention of a text that nothing came before: blocks of queries, each to no later keys than its last's."""
+    size = max(QUERY_BLOCK, -(-q.shape[1] // MOST_BLOCKS))
+    ends = [(start, start + size) for start in range(0, q.shape[1], size)]
+    return jnp.concatenate([attend(q[:, a:b], k[:, :b], v[:, :b], a) for a, b in ends], axis=1)
 
 
 def projections(x: Array, widths: dict[str, int], fused: bool) -> list[Array]:

@@ -32,10 +32,8 @@ def attend(queries: Heads, keys: Sequence[Part], values: Sequence[Part], positio
       keys, values: their parts.
       position: of the first query.
     """
-    return (_from_one if queries.shape[1] == 1 else _from_several)(queries, keys, values, position)
-
-
-def _from_several(queries: Heads, keys: Sequence[Part], values: Sequence[Part], position: Position) -> Heads:
+    if queries.shape[1] == len(keys) == 1:
+        return _from_one(queries, keys[0], values[0], position)
     batch, time, heads, width = queries.shape
     length, kv_heads = keys[0].shape[1:3]
     # The queries that share a key become more rows of one product.
@@ -48,24 +46,19 @@ def _from_several(queries: Heads, keys: Sequence[Part], values: Sequence[Part], 
     return mixed.reshape(batch, heads, time, width).swapaxes(1, 2)
 
 
-def _from_one(query: Heads, keys: Sequence[Part], values: Sequence[Part], position: Position) -> Heads:
+def _from_one(query: Heads, keys: Part, values: Part, position: Position) -> Heads:
     """In the order of memory: for a product of each head XLA on CPU would first copy all, to put heads first."""
-    batch, _, heads, width = query.shape
-    length, kv_heads = keys[0].shape[1:3]
+    (batch, _, heads, width), (length, kv_heads) = query.shape, keys.shape[1:3]
     groups = query.reshape(batch, 1, kv_heads, heads // kv_heads, width)
-
-    def scores(one: Float[Array, "batch 1 kv_heads width"]) -> Float[Array, "batch length kv_heads"]:
-        return _added([_products(one[..., p :: len(keys)], part) for p, part in enumerate(keys)])
-
-    each = jnp.stack([scores(groups[:, :, :, index]) for index in range(groups.shape[3])], axis=-1)
-    weights = _softmax(each.reshape(batch, length, heads).swapaxes(1, 2), jnp.arange(length) <= position)
+    scores = jnp.stack([_products(groups[:, :, :, index], keys) for index in range(groups.shape[3])], axis=-1)
+    weights = _softmax(scores.reshape(batch, length, heads).swapaxes(1, 2), jnp.arange(length) <= position)
     # The weights of all heads by the values of all, of which each head takes its own.
-    every = [jnp.einsum("bhs,bsc->bhc", weights, part.reshape(batch, length, -1)) for part in values]
-    mixed = jnp.stack([part.reshape(batch, kv_heads, -1, kv_heads, part.shape[-1] // kv_heads) for part in every], -1)
+    mixed = jnp.einsum("bhs,bsc->bhc", weights, values.reshape(batch, length, -1))
+    mixed = mixed.reshape(batch, kv_heads, -1, kv_heads, width)
     return jnp.stack([mixed[:, head, :, head] for head in range(kv_heads)], axis=1).reshape(query.shape)
 
 
-def _products(query: Float[Array, "batch 1 kv_heads part"], keys: Part) -> Float[Array, "batch length kv_heads"]:
+def _products(query: Float[Array, "batch 1 kv_heads width"], keys: Part) -> Float[Array, "batch length kv_heads"]:
     """Products written out term by term: vector instructions, which XLA on CPU does not make of a sum along an axis."""
     *heads, width = keys.shape
     lanes = math.gcd(width, _LANES)

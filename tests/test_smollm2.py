@@ -12,9 +12,8 @@ import llama_gguf
 import numpy as np
 import pytest
 import smollm2
-from attention import QUERY_BLOCK, attend, attend_from_one
 from generation import generate, generate_step
-from llama import KVCache, Llama, LlamaConfig, fused
+from llama import QUERY_BLOCK, KVCache, Llama, LlamaConfig, fused
 from models import jitted_as_shipped
 
 import jaxquant as jq
@@ -187,24 +186,6 @@ def test_a_prompt_longer_than_is_read_at_once_is_the_forward():
         first, cache = apply(params, tokens[:, :cut], KVCache.empty(TINY, 1, tokens.shape[1]))
         rest, _ = apply(params, tokens[:, cut:], cache)
         np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 3, 80), (3, 2, 6)], ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_attention_of_one_token_is_attention(shape, dtype):
-    """Law: that of a single query is that of any, of each text of a batch, whatever lies behind it in the cache."""
-    batch, shared, width = shape
-    q, k, v = (
-        jax.random.normal(jax.random.key(index), (batch, time, heads, width)).astype(dtype)
-        for index, (time, heads) in enumerate([(1, 3 * shared), (9, 3), (9, 3)])
-    )
-    found = jax.jit(attend_from_one)(q, k, v, 5)
-    assert found.dtype == dtype and found.shape == q.shape
-    expected = attend(*(part.astype(jnp.float32) for part in (q, k, v)), 5)
-    # Weights, and what they add up to, are rounded once each.
-    np.testing.assert_allclose(found.astype(np.float32), expected, atol=4 * jnp.finfo(dtype).eps * jnp.abs(v).max())
-    hidden = jnp.where(jnp.arange(9)[None, :, None, None] > 5, jnp.nan, k)
-    assert np.array_equal(jax.jit(attend_from_one)(q, hidden, v, 5), found)
 
 
 def test_later_tokens_do_not_change_earlier_logits():
