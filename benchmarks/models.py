@@ -165,6 +165,7 @@ def smollm2(options: argparse.Namespace, console: Console) -> list[dict[str, Any
         "bf16": contender(apply, half(params), in_half),
         "W8A8": contender(jq.quantized(apply), int8),
         "W8A8 turned": contender(jq.quantized(apply), jq.turned(int8)),
+        "W8A8 turned, cache int8": contender(jq.quantized(apply), jq.turned(int8), jq.KVCache.empty),
         "W8A8 turned, bf16": contender(
             jq.quantized(apply), jq.turned(jq.quantize_params(half(params), jq.int8)), in_half
         ),

@@ -32,6 +32,7 @@ def attend(queries: Heads, keys: Sequence[Part], values: Sequence[Part], positio
       keys, values: their parts.
       position: of the first query.
     """
+    # Of several parts XLA would decode each anew for every query that shares it.
     if queries.shape[1] == len(keys) == 1:
         return _from_one(queries, keys[0], values[0], position)
     batch, time, heads, width = queries.shape

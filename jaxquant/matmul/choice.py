@@ -7,6 +7,7 @@ stack after the other `matmul.stacks`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +101,7 @@ def choose(
       precision: that of the product, as in its jaxpr.
     """
     formats = activations, outliers, precision
-    if q.shape[0] > 1 and q.shape[1] * q.shape[2] > _SMALL_OF_STACK and jax.device_count() == 1:
+    if q.shape[0] > 1 and _size(q) > _SMALL_OF_STACK and jax.device_count() == 1:
         first = first_of(q)
         one = _of_matrix(rows, first, inputs_last, *formats)
         # A stack of bytes that meet bytes XLA multiplies faster than one after the other.
@@ -139,7 +140,7 @@ def _of_matrix(
     # The kernel wants the weight as it lies in memory; transposed, XLA's own matmul is the better one.
     gpu = None if inputs_last or in_double else functools.partial(gpu_dot_floats, precision=level(precision))
     lines = None if in_double else by_lines(rows, q, inputs_last)
-    wide = lines and (floats if q.shape[1] * q.shape[2] <= _SMALL else lines)
+    wide = lines and (floats if _size(q) <= _SMALL else lines)
     narrow = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
     cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow, rounds=may_round(precision))
     if not q.is_integer:
@@ -173,7 +174,7 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
         return False
     if inputs_last:
         return rows <= _FEW_OF_LONG and _reads_fast(q)
-    if is_alone(q) and q.shape[1] * q.shape[2] < _LARGE:
+    if is_alone(q) and _size(q) < _LARGE:
         return rows <= 1 and (_is_of_bytes(q) or by_inputs(rows, q) is not None)
     few = _FEW_DIGITS if q.scale.shape[1] == 1 else _FEW_GROUPED if by_inputs(rows, q) else 0
     return rows <= few
@@ -184,6 +185,11 @@ def _in_terms(rows: int, q: QTensor, inputs_last: bool) -> int | None:
     return terms_of(q) if inputs_last and 0 < rows <= _FEW_IN_TERMS and not _reads_fast(q) else None
 
 
+def _size(q: QTensor) -> int:
+    """How many weights one matrix has."""
+    return math.prod(q.shape[1:])
+
+
 def _is_of_bytes(q: QTensor) -> bool:
     """Whether a weight is bytes with a scale for each output."""
     return q.scale.shape[1] == places_of(q.codes.dtype) == 1
@@ -191,7 +197,7 @@ def _is_of_bytes(q: QTensor) -> bool:
 
 def _reads_fast(q: QTensor) -> bool:
     """Whether a weight is of bytes, and its lines so many and so long that XLA's library reads it as fast as memory."""
-    return _is_of_bytes(q) and q.shape[1] >= _LONG and q.shape[1] * q.shape[2] >= _MANY
+    return _is_of_bytes(q) and q.shape[1] >= _LONG and _size(q) >= _MANY
 
 
 def _of_codes(

@@ -106,7 +106,7 @@ def slices(bundle: Bundle, pick: Pick) -> Bundle:
 
 
 def _taken(array: Array, index: Int[Array, "... 1"], axis: int, numbers: GatherDimensionNumbers) -> Array:
-    """Slices of one array along an axis; rows of packed codes as the bytes they lie in, as which a loop holds them."""
+    """Slices of one array along an axis; rows of packed codes as bytes, which a loop over tokens leaves as they are."""
     places = places_of(array.dtype)
     if places > 1 and axis == 0 and array.ndim == 2 and array.shape[1] % places == 0:
         # Two of them where there is one: for a slice XLA on CPU would pack all bytes, for a gather those it reads.
