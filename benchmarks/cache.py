@@ -7,9 +7,7 @@ half of each window attends to keys and values that were rounded; weights stay i
 """
 
 import functools
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import measure
 import texts
 from generation import generate
 from llama import KVCache, LayerCache, Llama
@@ -30,7 +29,7 @@ from llama_gguf import fetch_smollm2, load_llama, load_tokenizer
 
 import jaxquant as jq
 
-HALF, STEPS, AT_ONCE = 256, 32, 8
+HALF, AT_ONCE, RUNS = 256, 8, 24
 CACHES = {
     "float32": LayerCache.empty,
     "int8": functools.partial(jq.KVCache.empty, format=jq.int8),
@@ -59,16 +58,17 @@ def losses(apply: Callable[..., Any], params: Any, windows: np.ndarray, empty: C
     return found
 
 
-def seconds_a_token(apply: Callable[..., Any], params: Any, empty: Callable[[], KVCache]) -> float:
-    """The median time of one token of those decoded in one go, the cache updated in place."""
+def decoder(apply: Callable[..., Any], params: Any, empty: Callable[[], KVCache]) -> measure.Call:
+    """A call that decodes some tokens more in one go, the cache updated in place."""
     decode = jax.jit(functools.partial(generate, apply, count=AT_ONCE), donate_argnums=2)
-    tokens, cache = decode(params, jnp.zeros((1, 1), jnp.int32), empty())
-    times = []
-    for _ in range(STEPS // AT_ONCE):
-        start = time.perf_counter()
-        tokens, cache = jax.block_until_ready(decode(params, tokens[:, -1:], cache))
-        times.append((time.perf_counter() - start) / AT_ONCE)
-    return statistics.median(times)
+    state = [decode(params, jnp.zeros((1, 1), jnp.int32), empty())]
+
+    def more() -> jax.Array:
+        tokens, cache = state.pop()
+        state.append(decode(params, tokens[:, -1:], cache))
+        return state[0][0]
+
+    return more
 
 
 def main() -> None:
@@ -76,19 +76,18 @@ def main() -> None:
     path = fetch_smollm2()
     (config, params), tokenizer = load_llama(path), load_tokenizer(path)
     apply, windows = Llama(config).apply, texts.documentation(tokenizer)[0]
+    empties = {name: functools.partial(KVCache.empty, config, 1, texts.WINDOW, layer) for name, layer in CACHES.items()}
+    perplexity = {name: np.exp(np.mean(losses(apply, params, windows, empty))) for name, empty in empties.items()}
+    seconds = measure.medians({name: decoder(apply, params, empty) for name, empty in empties.items()}, RUNS)
     table = Table("cache", "bytes a token", "perplexity", "of float", "tokens/s")
-    base = None
-    for name, layer in CACHES.items():
-        empty = functools.partial(KVCache.empty, config, 1, texts.WINDOW, layer)
-        perplexity = float(np.exp(np.mean(losses(apply, params, windows, empty))))
-        base = base or perplexity
+    for name, empty in empties.items():
         size = sum(
             part.nbytes
             for part in jax.tree.leaves(empty().layers, is_leaf=lambda x: isinstance(x, jq.QTensor | jq.KVCache))
         )
-        speed = 1 / seconds_a_token(apply, params, empty)
-        ratio = f"{perplexity / base:.4f} x"
-        table.add_row(name, f"{size / texts.WINDOW:,.0f}", f"{perplexity:.3f}", ratio, f"{speed:.1f}")
+        ratio = f"{perplexity[name] / perplexity['float32']:.4f} x"
+        speed = f"{AT_ONCE / seconds[name]:.1f}"
+        table.add_row(name, f"{size / texts.WINDOW:,.0f}", f"{perplexity[name]:.3f}", ratio, speed)
     Console().print(table)
 
 
