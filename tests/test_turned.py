@@ -99,13 +99,13 @@ def test_packed_codes_are_turned_in_bytes(format, rows, activations):
     [{"activations": None}, {}, {"activations": jq.int8(symmetric=False), "outliers": 1}],
     ids=["float", "int8", "affine-outlier"],
 )
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 def test_the_bytes_of_a_packed_weight_are_never_taken_apart_in_memory(rows, options):
-    """No array of codes, or of bytes packed anew, and no decoded weight is in the compiled program."""
+    """No array of codes, or of bytes packed anew, is in the compiled program, and of two rows no decoded weight."""
     turned, x = jq.turned(jq.quantize(normal(256, 1024), jq.int4(group=64))), normal(rows, 256)
     compiled = jax.jit(jq.quantized(lambda w, x: x @ w, **options)).lower(turned, x).compile()
     assert "s4[" not in compiled.as_text() and "u8[" not in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 1024 * 3 // 4
+    assert rows > 2 or compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 1024 * 3 // 4
 
 
 @pytest.mark.parametrize("format", [*OF_BYTES.values(), *PACKED.values()], ids=[*OF_BYTES, *PACKED])
