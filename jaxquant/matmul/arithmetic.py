@@ -139,9 +139,8 @@ def _weight_rows(q: QTensor, index: Int[Array, "B M"], inputs_last: bool) -> Flo
     """The decoded weights of one input for each token."""
     places = places_of(q.codes.dtype)
     if inputs_last and places > 1 and q.shape[1] % places == 0:
-        # As bytes, because XLA would first take all codes apart; of each matrix by itself, because of a stack of one it
-        # would not see that they are those of a turned weight, and pack them anew.
-        held = jnp.stack([bytes_of(codes.T).T for codes in q.codes])
+        # As bytes, because XLA would first take all codes apart.
+        held = jnp.swapaxes(bytes_of(jnp.swapaxes(q.codes, 1, 2)), 1, 2)
         codes = unpacked(_at(held, index // places), (index % places).astype(jnp.int8)[..., None], places)
     else:
         codes = _at(q.codes, index)
