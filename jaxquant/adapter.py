@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxquant.errors import ClosureError, FormatError
 from jaxquant.format import holds
 from jaxquant.qtensor import decode, is_qtensor
-from jaxquant.turned import is_turned, upright
+from jaxquant.turned import is_in_codes, is_turned, upright
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["scaling"])
@@ -151,4 +151,4 @@ def entered(leaf: Any) -> Any:
 
 def is_leaf(leaf: Any) -> bool:
     """Whether a leaf is more than an array, for the `is_leaf` of `jax.tree.map`."""
-    return is_qtensor(leaf) or is_adapted(leaf) or is_turned(leaf)
+    return is_adapted(leaf) or is_in_codes(leaf)

@@ -29,6 +29,11 @@ class Packed:
     held: Any
     dtype: Any
 
+    @classmethod
+    def of(cls, codes: Shaped[Array, "*rows N"]) -> "Packed":
+        """The bytes that codes lie in."""
+        return cls(bytes_of(codes), codes.dtype)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the codes."""

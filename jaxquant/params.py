@@ -23,12 +23,12 @@ from jaxquant.finite import first_nonfinite, is_finite
 from jaxquant.format import Format, int8
 from jaxquant.learned import is_learned, plain, rewritten
 from jaxquant.matrices import Matrices, write
-from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.qtensor import QTensor
 from jaxquant.quantizers import Quantizer, as_quantizer
 from jaxquant.sharding import on_shards
 from jaxquant.stats import Stats
 from jaxquant.trace import path_name
-from jaxquant.turned import is_turned
+from jaxquant.turned import is_in_codes
 
 # Names that hold no matmul's weight, whatever their rank: biases, norms (stacked ones have rank 2), statistics, tables
 # of positions that are added.
@@ -164,7 +164,7 @@ def _encoder(
     path: str, leaf: Any, quantizer: Format | Quantizer, paths: Collection[str], stats: Stats | None
 ) -> Callable[[Array], QTensor]:
     """How one leaf is written in codes; what is wrong with it is said before any leaf is converted or released."""
-    if is_qtensor(leaf) or is_turned(leaf):
+    if is_in_codes(leaf):
         raise NotQuantizableError(f"{path} is a {leaf!r} already: leave it out with `where`, or decode it first.")
     chosen = as_quantizer(quantizer)
     if leaf.size == 0 or (isinstance(quantizer, Format) and stats is None):

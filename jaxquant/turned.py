@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxquant.packed import Packed, bytes_of, places_of
+from jaxquant.packed import Packed, places_of
 from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.trace.views import transpose
 
@@ -114,7 +114,7 @@ def _is_packed(q: QTensor, axis: int) -> bool:
 def _in_bytes(q: QTensor) -> QTensor:
     """Codes of less than a byte as the bytes they lie in."""
     packed = places_of(q.codes.dtype) > 1
-    return dataclasses.replace(q, codes=Packed(bytes_of(q.codes), q.codes.dtype)) if packed else q
+    return dataclasses.replace(q, codes=Packed.of(q.codes)) if packed else q
 
 
 def is_turned(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.packed import Packed, bytes_of, places_of
+from jaxquant.packed import Packed, places_of
 from jaxquant.qtensor import QTensor
 
 Run = Callable[[Array, QTensor], Array]
@@ -38,7 +38,7 @@ def one_by_one(run: Run, inputs_last: bool) -> Run:
     def of_stack(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
         codes, places = lying(q.codes), places_of(q.codes.dtype)
         if places > 1 and codes.shape[-1] % places == 0:  # or XLA would take them apart before the loop
-            codes = Packed(bytes_of(codes), q.codes.dtype)
+            codes = Packed.of(codes)
         parts = dataclasses.replace(q, codes=codes, master=None)
         parts = jax.tree.map(lambda part: jnp.broadcast_to(part, (len(x), *part.shape[1:])), parts)
 
