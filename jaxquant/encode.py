@@ -16,8 +16,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
-from jaxquant.errors import NonFiniteError, NotQuantizableError, ShapeError
-from jaxquant.finite import first_nonfinite, is_finite
+from jaxquant.errors import NotQuantizableError, ShapeError
+from jaxquant.finite import check_finite
 from jaxquant.format import Format, int8
 from jaxquant.qtensor import QTensor, decode
 from jaxquant.trace.views import expand
@@ -86,8 +86,7 @@ def _checked(w: ArrayLike | QTensor, format: Format, axis: Axes) -> tuple[Array,
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise NotQuantizableError(f"an array of {array.dtype} was given: only floating-point arrays are quantized.")
     axes = _contracted(array.shape, format, axis)
-    if not is_finite(array):
-        raise NonFiniteError(first_nonfinite(array, "w"))
+    check_finite({"w": array})
     return array, axes
 
 
@@ -133,7 +132,13 @@ def fit(
     """The scale and zero point of each group's range, in float32; zero is 0 for a symmetric format."""
     # Extremes are exact in any dtype, and a float32 copy of the whole array here would be kept for the quotient too.
     members, over = _grouped(w, format, axes if format.per_channel else tuple(range(w.ndim)))
-    low, high = extremes(members, over)
+    # Sizes take one reduction where extremes take two, but those of groups, or of another dtype, XLA on CPU would first
+    # write to memory.
+    if format.symmetric and members is w and w.dtype == jnp.float32:
+        high = jnp.max(jnp.abs(w), over, initial=0.0, keepdims=True)
+        low = -high
+    else:
+        low, high = extremes(members, over)
     last = (axes[-1] + 1,) if format.group and axes else ()
     low, high = (jnp.asarray(clip) * jnp.squeeze(bound, last).astype(jnp.float32) for bound in (low, high))
     return fit_range(low, high, format)

@@ -1,6 +1,6 @@
 """Whether an array is finite, and where it is not: found where the array lies, which may be on many devices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,27 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxquant.errors import NonFiniteError
 
-def is_finite(w: ArrayLike) -> bool:
-    """Whether an array is finite; one that is being traced counts as such."""
-    if isinstance(w, Tracer):
-        return True
+
+def check_finite(arrays: Mapping[str, ArrayLike]) -> None:
+    """Checks named arrays, all of them before an answer is waited for; one that is being traced counts as finite.
+
+    Raises:
+      NonFiniteError: names the first that is not, and where.
+    """
+    known = {name: w for name, w in arrays.items() if not isinstance(w, Tracer)}
     with jax.ensure_compile_time_eval():  # a constant of a function that is being traced is known
-        return bool(_all_finite(w))
+        answers = {name: _answer(w) for name, w in known.items()}
+        for name, finite in answers.items():
+            if not finite:
+                raise NonFiniteError(_first(jnp.asarray(known[name]), name))
+
+
+def _answer(w: ArrayLike) -> Bool[Array, ""]:
+    """Whether an array is finite; one that the host has is copied to the device, and only one at a time."""
+    answer = _all_finite(w)
+    return answer if isinstance(w, jax.Array) else jax.block_until_ready(answer)
 
 
 def are_finite(w: Float[Array, "..."], axis: int | Sequence[int] | None) -> Bool[Array, "..."]:
@@ -42,7 +56,7 @@ def _all_finite(w: Float[Array, "..."]) -> Bool[Array, ""]:
     return jnp.squeeze(are_finite(w, None))
 
 
-def first_nonfinite(w: Float[Array, "..."], name: str) -> str:
+def _first(w: Float[Array, "..."], name: str) -> str:
     """Says where an array has its first NaN or infinity, and what to do about it."""
     index, value = _find(w)
     return f"{name}{[int(i) for i in index]} is {value}: mend the weights, or leave this array out (`where=`)."

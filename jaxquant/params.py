@@ -18,8 +18,8 @@ from jaxtyping import Array, PyTree
 
 from jaxquant.adapter import is_leaf
 from jaxquant.encode import quantize
-from jaxquant.errors import NoMatchError, NonFiniteError, NotQuantizableError, OptionError, ShapeError, StatsError
-from jaxquant.finite import first_nonfinite, is_finite
+from jaxquant.errors import NoMatchError, NotQuantizableError, OptionError, ShapeError, StatsError
+from jaxquant.finite import check_finite
 from jaxquant.format import Format, int8
 from jaxquant.learned import is_learned, plain, rewritten
 from jaxquant.matrices import Matrices, write
@@ -95,6 +95,7 @@ def quantize_params(
     picked = [named_leaf for named_leaf, pick in zip(named, chosen, strict=True) if pick]
     stats = stats or {}
     encoders = {path: _encoder(path, plain(leaf), quantizer, paths, stats.get(path)) for path, leaf in picked}
+    check_finite({path: plain(leaf) for path, leaf in picked})
     done: dict[int, QTensor] = {}
     for path, leaf in picked:
         if id(leaf) not in done:
@@ -173,13 +174,10 @@ def _encoder(
     else:
         encode = functools.partial(write, quantizer=chosen, axes=axes_of(path, leaf, paths, stats))
     try:
-        where_it_lies = on_shards(encode, leaf, stats)
+        return on_shards(encode, leaf, stats)
     except (ShapeError, StatsError, OptionError) as error:
         guessed = stats is None and leaf.ndim > 2 and isinstance(error, ShapeError)
         raise type(error)(f"{path}: {error}{_GUESSED if guessed else ''}") from None
-    if not is_finite(leaf):
-        raise NonFiniteError(first_nonfinite(jnp.asarray(leaf), path))
-    return where_it_lies
 
 
 def axes_of(path: str, leaf: Any, paths: Collection[str], stats: Stats | None) -> Matrices:

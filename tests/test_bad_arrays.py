@@ -336,6 +336,23 @@ def test_a_leaf_that_is_not_finite_is_named_with_path_and_index(bad, dtype):
     assert "blocks/kernel" in str(error.value) and "[1, 2, 5]" in str(error.value)
 
 
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_of_leaves_that_are_not_finite_the_first_is_named_and_none_is_released(of):
+    """Row: what is wrong with one leaf is said before any other is touched."""
+    fills = {"w0": 1.0, "w1": np.inf, "w2": np.nan}
+    leaves = {name: of(np.full((4, 2), fill, np.float32)) for name, fill in fills.items()}
+    with pytest.raises(NonFiniteError, match=r"^w1\[0, 0\] is inf"):
+        jq.quantize_params(leaves, donate=True)
+    assert np.all(np.asarray(leaves["w0"]) == 1)
+
+
+def test_a_constant_of_a_jitted_function_that_is_not_finite_is_named():
+    """Row: the same of what the host holds while a function is traced, where no array may be looked at but it."""
+    leaves = {"w": np.array([[1, np.nan]], np.float32)}
+    with pytest.raises(NonFiniteError, match=r"^w\[0, 1\] is nan"):
+        jax.jit(lambda x: jq.dequantize(jq.quantize_params(leaves))["w"] * x)(1.0)
+
+
 def test_a_group_that_does_not_divide_guessed_inputs_says_what_knows_them():
     """Row: K % group != 0 along an axis that a name chose, in a kernel of rank 3: shapes alone tell the right one."""
     tree, x = {"up": {"kernel": jnp.asarray(normal((64, 4, 8)))}}, jax.ShapeDtypeStruct((2, 64), jnp.float32)
