@@ -114,6 +114,8 @@ class KVCache:
 
     def append(self, keys: Heads, values: Heads, position: Position) -> "KVCache":
         """Writes the keys and values of some tokens, from `position` on; what lies there is overwritten."""
+        if keys.shape[1] == 0:
+            return self
         keys = keys.astype(self.shift.dtype)
         first = jnp.mean(keys, axis=1, keepdims=True)
         shift = jnp.where(jnp.asarray(position) == 0, first, self.shift)
@@ -137,6 +139,8 @@ class KVCache:
         Returns:
           The mixed values, of the shape of the queries.
         """
+        if queries.shape[1] == 0:
+            return queries
         position, later = jnp.asarray(position), functools.partial(self._mixed, position=position)
         turned = _rotated(queries.astype(jnp.float32)) * queries.shape[-1] ** -0.5
         one = queries.shape[1] == 1

@@ -98,10 +98,10 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(format, time
 
 
 @pytest.mark.parametrize("format", [jq.int8, jq.int4(group=8, symmetric=False)], ids=["int8", "int4-group"])
-@pytest.mark.parametrize("position", [0, 3])
-def test_a_long_prompt_sees_what_each_of_its_tokens_may(format, position):
-    """The same law for more queries than are taken at once, whether anything came before them or not."""
-    time = 2 * cache_module._QUERY_BLOCK + 5
+@pytest.mark.parametrize("blocks, more, position", [(1, 0, 0), (1, 1, 0), (2, 5, 0), (2, 5, 3)])
+def test_a_long_prompt_sees_what_each_of_its_tokens_may(format, blocks, more, position):
+    """The same law for as many queries as are taken at once, and more, whether anything came before them or not."""
+    time = blocks * cache_module._QUERY_BLOCK + more
     cache, _, _ = filled(format, time + position, length=time + 8)
     queries = normal(BATCH, time, HEADS * SHARED, WIDTH, seed=5)
     found = jax.jit(jq.KVCache.attend)(cache, queries, position)
@@ -117,6 +117,27 @@ def test_texts_of_a_batch_may_be_at_places_of_their_own():
         np.testing.assert_allclose(
             one, attention(q, *(part[:1] for part in cache.read()), int(position)), rtol=2e-5, atol=2e-5
         )
+
+
+@every_format
+def test_no_tokens_change_nothing(format):
+    """Law: none appended leave the cache as it was, at its beginning too, and of none asked none come back."""
+    cache, keys, values = filled(format)
+    for position in (0, 8):
+        assert same(jax.jit(jq.KVCache.append)(cache, keys[:, :0], values[:, :0], position), cache)
+        queries = jnp.zeros((BATCH, 0, HEADS * SHARED, WIDTH))
+        assert jax.jit(jq.KVCache.attend)(cache, queries, position).shape == queries.shape
+
+
+@every_format
+def test_a_cache_that_is_used_again_is_a_new_one(format):
+    """Law: a second text, from position 0, sees nothing of a longer one before it, not even the mean of its keys."""
+    caches = filled(format, LENGTH)[0], jq.KVCache.empty(BATCH, LENGTH, HEADS, WIDTH, format)
+    keys, values = normal(BATCH, 3, HEADS, WIDTH, seed=6) + 2, normal(BATCH, 3, HEADS, WIDTH, seed=7)
+    queries = normal(BATCH, 3, HEADS * SHARED, WIDTH, seed=8)
+    again, new = (cache.append(keys, values, 0) for cache in caches)
+    assert same(again.attend(queries, 0), new.attend(queries, 0))
+    assert same(again.attend(queries[:, 2:], 2), new.attend(queries[:, 2:], 2))
 
 
 @pytest.mark.parametrize("shift", [-9.0, 0.0, 9.0], ids=["below zero", "both", "above zero"])
