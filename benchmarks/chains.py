@@ -53,12 +53,13 @@ def in_chains(contender: Contender, drawn: Sequence[Sequence[jax.Array]]) -> Cal
     kept = [[contender.store(w) for w in of_program] for of_program in drawn]
 
     @contender.compile
-    def program(x: Any, kept: Sequence[Any]) -> list[Any]:
-        outs = []
+    def program(first: Any, kept: Sequence[Any]) -> list[Any]:
+        x, outs = first, []
         for one in kept:
             outs.append(contender.multiply(x, one))
-            # Nothing is added, but only a NaN would tell: the next matmul waits for this one.
-            x = x + 0 * outs[-1][:, :1]
+            # Nothing is added, but only a NaN would tell: the next matmul waits for this one. To the first activations,
+            # because a sum of ever more terms XLA would compute anew wherever it is read.
+            x = first + 0 * outs[-1][:, :1]
         return outs
 
     def at(x: jax.Array) -> tuple[Any, Any]:
