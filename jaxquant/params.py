@@ -94,15 +94,16 @@ def quantize_params(
     kept = {id(leaf) for (_, leaf), pick in zip(named, chosen, strict=True) if not pick}
     picked = [named_leaf for named_leaf, pick in zip(named, chosen, strict=True) if pick]
     stats = stats or {}
-    encoders = {path: _encoder(path, plain(leaf), quantizer, paths, stats.get(path)) for path, leaf in picked}
-    check_finite({path: plain(leaf) for path, leaf in picked})
+    weights = {path: plain(leaf) for path, leaf in picked}
+    encoders = {path: _encoder(path, w, quantizer, paths, stats.get(path)) for path, w in weights.items()}
+    check_finite(weights)
     done: dict[int, QTensor] = {}
     for path, leaf in picked:
         if id(leaf) not in done:
-            q = encoders[path](jnp.asarray(plain(leaf)))
+            q = encoders[path](jnp.asarray(weights[path]))
             done[id(leaf)] = jax.block_until_ready(rewritten(leaf, q, as_quantizer(quantizer).format))
             if donate and id(leaf) not in kept:
-                _release(plain(leaf))
+                _release(weights[path])
     return treedef.unflatten([done[id(leaf)] if pick else leaf for (_, leaf), pick in zip(named, chosen, strict=True)])
 
 
