@@ -465,7 +465,9 @@ def test_statistics_of_every_model(name):
         assert count.sum() > 0 and np.all(np.diff(found.above) <= 0)
         assert np.all(abssum <= count[..., None] * absmax * (1 + 1e-6))
         assert np.all(diagonal <= absmax * abssum * (1 + 1e-5))
-        assert np.array_equal(gram, gram.swapaxes(-1, -2))
+        # Not to the last bit: which of two products is added to the other first, the kernels of some CPUs do not keep.
+        sizes = np.sqrt(diagonal[..., None] * diagonal[..., None, :])
+        assert np.all(np.abs(gram - gram.swapaxes(-1, -2)) <= 1e-5 * sizes)
         assert np.all(np.linalg.eigvalsh(gram) >= -1e-5 * diagonal.max(-1, keepdims=True))
 
 
