@@ -29,9 +29,9 @@ def quantized(fn: Callable, *, activations: Format | None = int8, outliers: int 
       fn: a pure function of pytrees: `model.apply`, `lambda state, x: nnx.merge(graphdef, state)(x)`, an Equinox or
         Haiku forward, plain JAX. `QTensor`s may stand in any argument. Arguments that are not arrays are static.
       activations: the per-token format of the activations, or None to keep them in floating point (weight-only), at
-        the precision that the matmul asks for, or `jax.default_matmul_precision`. The default is float32 on a CPU (18
-        bits of a single row that meets a turned int8 weight) and TF32 on a GPU; "highest" keeps all bits;
-        "BF16_BF16_F32" allows rounding to bfloat16 first, which GPUs and some CPUs multiply twice as fast.
+        the precision that the matmul asks for, or `jax.default_matmul_precision`. The default is float32 on a CPU and
+        TF32 on a GPU; "highest" keeps all bits; "BF16_BF16_F32" allows rounding to bfloat16 first, which GPUs and some
+        CPUs multiply twice as fast.
       outliers: how many of each token's largest activations are multiplied in floating point, beside the integer
         matmul of the others (matmuls only). One is enough for most of a language model's loss; against a turned
         weight it costs a fifth to a third of a small matmul of one row. LLM.int8(), arXiv:2208.07339.
