@@ -1,9 +1,9 @@
-"""Codes of less than a byte, and the bytes they lie in.
+"""Codes of less than a byte, and of float8, and the bytes they lie in.
 
     byte = codes[place 0] | codes[place 1] << bits | ...        neighbours along the last axis
 
-XLA on CPU reads bytes fast and arrays of 4 and 2 bits an element at a time: whoever is in a hurry takes the bytes, and
-the codes out of them with two shifts.
+XLA on CPU reads bytes fast, arrays of 4 and 2 bits an element at a time, and those of float8 once it has made float16
+of all of them: whoever is in a hurry takes the bytes, and the codes out of them with two shifts.
 """
 
 import dataclasses
@@ -49,6 +49,11 @@ class Packed:
 def places_of(dtype: Any) -> int:
     """How many codes of a dtype lie in a byte."""
     return 8 // jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 1
+
+
+def hides_bytes(dtype: Any) -> bool:
+    """Whether codes of a dtype are others than the bytes they lie in: several to a byte, or float8."""
+    return places_of(dtype) > 1 or (jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1)
 
 
 def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxquant import inputs
 from jaxquant.errors import ClosureError, ShapeError
 from jaxquant.format import code_name
-from jaxquant.packed import Packed
+from jaxquant.packed import Packed, hides_bytes, places_of
 from jaxquant.trace.views import expand
 from jaxquant.values import values_of
 
@@ -48,7 +48,7 @@ class QTensor:
 
     Args:
       codes: int8, int4 or int2 numbers, float8 numbers, or indices into `levels` shifted by half their count;
-        `turned` makes `Packed` bytes of those of 4 and 2 bits.
+        `turned` makes `Packed` bytes of those of 4 and 2 bits and of float8.
       scale: float32; each axis divides the same axis of `codes`. Or a `QTensor` of it (`double_quantize`).
       zero: zero point of the shape of `scale`, or None for a symmetric format. Formats have integers; float32 ones,
         no whole number of steps, come from files (`load_gguf`) and from a `KVCache`.
@@ -118,6 +118,13 @@ class QTensor:
     def core(self) -> "QTensor":
         """The codes alone, without what is done to the input first and beside them."""
         return dataclasses.replace(self, transform=(), kept=None)
+
+    @property
+    def in_bytes(self) -> "QTensor":
+        """The same with codes that are no bytes held in those they lie in, if its last axis takes whole ones."""
+        dtype = self.codes.dtype
+        whole = hides_bytes(dtype) and self.shape[-1:] != () and self.shape[-1] % places_of(dtype) == 0
+        return dataclasses.replace(self, codes=Packed.of(self.codes)) if whole else self
 
     @property
     def unpacked(self) -> "QTensor":

@@ -27,7 +27,7 @@ class Turned:
     """A weight in codes whose last two axes are swapped in memory; it stands for what it was before.
 
     Args:
-      stored: the `QTensor` of the transposed array; its codes are `Packed` where a byte holds several of them.
+      stored: the `QTensor` of the transposed array; its codes of 4 and 2 bits and of float8 are `Packed`.
     """
 
     # Any, because a tree may also hold shapes or shardings in the place of arrays.
@@ -72,7 +72,7 @@ def turned(tree: PyTree) -> PyTree:
         comes, as its scales tell (`[out, in]`, an embedding), stays so.
 
     Returns:
-      The tree with a `Turned` in the place of each, and codes of 4 and 2 bits as `Packed` bytes.
+      The tree with a `Turned` in the place of each, and codes of 4 and 2 bits and float8 as `Packed` bytes.
     """
 
     # A weight that is turned already stays as it is.
@@ -88,10 +88,10 @@ def _turn(q: QTensor) -> Any:
     if isinstance(q.codes, Packed):
         return q
     if _has_inputs_last(q):
-        return _in_bytes(q) if _is_packed(q, axis=1) else q
+        return q.in_bytes if _is_of_bytes(q) or _is_packed(q, axis=1) else q
     if q.ndim < 2 or not (_is_of_bytes(q) or _is_packed(q, axis=0)):
         return q
-    return Turned(_in_bytes(transpose(q, swapped(q.ndim))))
+    return Turned(transpose(q, swapped(q.ndim)).in_bytes)
 
 
 def _has_inputs_last(q: QTensor) -> bool:
@@ -109,12 +109,6 @@ def _is_packed(q: QTensor, axis: int) -> bool:
     """A matrix with several codes to a byte of inputs, which are those of an axis, all of one group."""
     places, groups = places_of(q.codes.dtype), q.scale.shape[axis]
     return places > 1 and q.ndim == 2 and groups > 0 and q.shape[axis] // groups % places == 0
-
-
-def _in_bytes(q: QTensor) -> QTensor:
-    """Codes of less than a byte as the bytes they lie in."""
-    packed = places_of(q.codes.dtype) > 1
-    return dataclasses.replace(q, codes=Packed.of(q.codes)) if packed else q
 
 
 def is_turned(leaf: Any) -> bool:

@@ -53,8 +53,8 @@ _FEW_ROWS = 4
 _FEW_DIGITS, _FEW_GROUPED, _LARGE = 8, 2, 2**23
 # Up to this many rows of codes, packed weights without groups are cheaper decoded than written out as bytes.
 _FEW_UNPACKED = 8
-# Up to this many rows sums in terms are faster than XLA's library,
-_FEW_IN_TERMS = 2
+# Up to this many rows sums in terms are faster than XLA's library, of whole numbers and of floats in 8 bits,
+_FEW_IN_TERMS, _FEW_OF_FLOATS = 2, 1
 # but for weights of this many bytes or more, in lines of so many inputs with one scale: XLA reads those at the speed of
 # memory, up to this many rows of floats as three digits.
 _MANY, _LONG, _FEW_OF_LONG = 2**22, 2**11, 4
@@ -144,7 +144,9 @@ def _of_matrix(
     narrow = lines if rows > _FEW_HALVES and multiplies_bfloats() else None
     cpu = wide and functools.partial(in_own_width, wide=wide, narrow=narrow, rounds=may_round(precision))
     if not q.is_integer:
-        return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=cpu)
+        terms = None if in_double else _in_terms(rows, q, inputs_last)
+        few = terms and functools.partial(floats_in_terms, terms=terms)
+        return Formulation(WEIGHT_ONLY, "its codes are not integers", gpu=gpu, cpu=few or cpu)
     if groups == inputs > 1 and (q.zero is not None or q.scale.shape[2] > 1 or q.input_bound is not None):
         return Formulation(FLOAT, "it has a scale for every input")
     if in_double and activations is None:
@@ -182,7 +184,8 @@ def _is_in_digits(rows: int, q: QTensor, inputs_last: bool, precision: Any) -> b
 
 def _in_terms(rows: int, q: QTensor, inputs_last: bool) -> int | None:
     """In how many terms so few rows meet a weight on a CPU; None where they do not."""
-    return terms_of(q) if inputs_last and 0 < rows <= _FEW_IN_TERMS and not _reads_fast(q) else None
+    few = _FEW_IN_TERMS if q.is_integer else _FEW_OF_FLOATS
+    return terms_of(q) if inputs_last and 0 < rows <= few and not _reads_fast(q) else None
 
 
 def _size(q: QTensor) -> int:
@@ -191,8 +194,8 @@ def _size(q: QTensor) -> int:
 
 
 def _is_of_bytes(q: QTensor) -> bool:
-    """Whether a weight is bytes with a scale for each output."""
-    return q.scale.shape[1] == places_of(q.codes.dtype) == 1
+    """Whether a weight is whole numbers in bytes with a scale for each output."""
+    return q.is_integer and q.scale.shape[1] == places_of(q.codes.dtype) == 1
 
 
 def _reads_fast(q: QTensor) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 from jaxtyping import Array, Int
 
-from jaxquant.packed import Packed, bytes_of, places_of
+from jaxquant.packed import Packed, bytes_of, hides_bytes, places_of
 from jaxquant.trace import Param
 from jaxquant.trace.views import Bundle
 
@@ -106,9 +106,8 @@ def slices(bundle: Bundle, pick: Pick) -> Bundle:
 
 
 def _taken(array: Array, index: Int[Array, "... 1"], axis: int, numbers: GatherDimensionNumbers) -> Array:
-    """Slices of one array along an axis; rows of packed codes as bytes, which a loop over tokens leaves as they are."""
-    places = places_of(array.dtype)
-    if places > 1 and axis == 0 and array.ndim == 2 and array.shape[1] % places == 0:
+    """Slices of one array along an axis; rows of codes as their bytes, which a loop over tokens leaves as they are."""
+    if hides_bytes(array.dtype) and axis == 0 and array.ndim == 2 and array.shape[1] % places_of(array.dtype) == 0:
         # Two of them where there is one: for a slice XLA on CPU would pack all bytes, for a gather those it reads.
         indices = jnp.stack([index] * (2 if index.size == 1 else 1))
         held = jax.vmap(lambda index: _taken(bytes_of(array), index, axis, numbers))(indices)

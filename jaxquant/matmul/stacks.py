@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxquant.packed import Packed, places_of
+from jaxquant.packed import Packed, hides_bytes, places_of
 from jaxquant.qtensor import QTensor
 
 Run = Callable[[Array, QTensor], Array]
@@ -36,8 +36,9 @@ def one_by_one(run: Run, inputs_last: bool) -> Run:
         return jnp.swapaxes(codes, -1, -2) if inputs_last else codes
 
     def of_stack(x: Float[Array, "B M K"], q: QTensor) -> Float[Array, "B M N"]:
-        codes, places = lying(q.codes), places_of(q.codes.dtype)
-        if places > 1 and codes.shape[-1] % places == 0:  # or XLA would take them apart before the loop
+        codes = lying(q.codes)
+        # Or XLA would take them apart before the loop.
+        if hides_bytes(codes.dtype) and codes.shape[-1] % places_of(codes.dtype) == 0:
             codes = Packed.of(codes)
         parts = dataclasses.replace(q, codes=codes, master=None)
         parts = jax.tree.map(lambda part: jnp.broadcast_to(part, (len(x), *part.shape[1:])), parts)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int8, Shaped
 
 from jaxquant.matmul.blocks import is_alone
 from jaxquant.matmul.integers import LONGEST
@@ -29,10 +29,11 @@ from jaxquant.matmul.tokens import Tokens
 from jaxquant.packed import places_of, unpacked
 from jaxquant.qtensor import QTensor
 from jaxquant.trace.views import expand
+from jaxquant.values import values_of
 
-# LLVM makes vectors of up to so many terms, and of fewer where each is of several groups with their scales; lanes are a
-# multiple of the smallest vector.
-_MOST, _MOST_SCALED, _MULTIPLE = 64, 32, 8
+# LLVM makes vectors of up to so many terms, of fewer where each is of several groups with their scales, and of fewer
+# still where codes are floats, which take more to decode; lanes are a multiple of the smallest vector.
+_MOST, _MOST_SCALED, _MOST_OF_FLOATS, _MULTIPLE = 64, 32, 8, 8
 # Of fewer terms with more lanes than this many to a term, there would be as much to add up as to multiply.
 _WIDEST = 32
 # So many numbers are added up in a row: in a longer sum each addition would wait for the one before it.
@@ -40,13 +41,15 @@ _IN_A_ROW = 4
 
 
 def terms_of(q: QTensor) -> int | None:
-    """How many terms a weight `[B, K, N]` in integer codes whose inputs lie last is taken in, or None.
+    """How many terms a weight `[B, K, N]` whose inputs lie last is taken in, or None.
 
-    As many as may be, each of one group or of a few whole ones, and as wide as the others.
+    As many as may be, each of one group or of a few whole ones, and as wide as the others. None of a codebook, whose
+    entries take so much to look up that each is faster written out before a product.
     """
     inputs, groups, places = q.shape[1], q.scale.shape[1], places_of(q.codes.dtype)
-    if inputs > groups * LONGEST or not is_alone(q):
+    if inputs > groups * LONGEST or q.levels is not None or not is_alone(q):
         return None
+    most = _MOST if q.is_integer else _MOST_OF_FLOATS
 
     def fits(terms: int) -> bool:
         lanes, rest = divmod(inputs, terms * places)
@@ -54,7 +57,7 @@ def terms_of(q: QTensor) -> int | None:
         several = terms <= _MOST_SCALED and groups % terms == 0 and lanes % (groups // terms) == 0
         return (terms % groups == 0 or several) and rest == lanes % _MULTIPLE == 0 and lanes <= _WIDEST * terms
 
-    return next(filter(fits, range(_MOST, 0, -1)), None)
+    return next(filter(fits, range(most, 0, -1)), None)
 
 
 def floats_in_terms(x: Float[Array, "1 M K"], q: QTensor, terms: int) -> Float[Array, "1 M N"]:
@@ -90,7 +93,7 @@ def _by_rows(rows: Float[Array, "M K"], q: QTensor, terms: int, dtype: Any) -> F
     written = jax.lax.cond(never, jnp.zeros_like, lambda same: same, laid)
     sums = jnp.sum(rows.reshape(len(rows), q.scale.shape[1], -1), axis=-1)
     outs = [
-        _whole(_lanes(lines, row, never).astype(dtype), lines, of_row)
+        _whole(_lanes(lines, q, row, never).astype(dtype), lines, of_row)
         for row, of_row in zip(written, sums, strict=True)
     ]
     return jnp.stack(outs)
@@ -106,7 +109,9 @@ def _whole(lanes: Shaped[Array, "N lanes"], lines: Lines, sums: Float[Array, " G
     return total.astype(jnp.float32) * lines.scale[:, 0]
 
 
-def _lanes(lines: Lines, row: Float[Array, "terms places lanes"], never: Bool[Array, ""]) -> Float[Array, "N lanes"]:
+def _lanes(
+    lines: Lines, q: QTensor, row: Float[Array, "terms places lanes"], never: Bool[Array, ""]
+) -> Float[Array, "N lanes"]:
     """The sum of all terms in each lane, without zero points, and with scales where they are those of groups."""
     (terms, places, lanes), groups = row.shape, lines.scale.shape[1]
     # Terms of one group are added up before its scale comes.
@@ -116,8 +121,7 @@ def _lanes(lines: Lines, row: Float[Array, "terms places lanes"], never: Bool[Ar
     def products(term: int) -> Iterator[Float[Array, "N lanes"]]:
         held = jax.lax.dynamic_slice_in_dim(lines.held, never.astype(jnp.int32) + term * lanes, lanes, 1)
         for place in range(places):
-            # In 32 bits, in which a code is shifted without a mask.
-            yield unpacked(held.astype(jnp.int32), place, places).astype(jnp.float32) * row[term, place][None]
+            yield values_of(_codes_at(held, place, q), q.levels) * row[term, place][None]
 
     def of_some(index: int) -> Float[Array, "N lanes"]:
         some = range(index * together, (index + 1) * together)
@@ -125,6 +129,13 @@ def _lanes(lines: Lines, row: Float[Array, "terms places lanes"], never: Bool[Ar
         return total if groups == 1 else total * expand(scale[:, index], total.shape)
 
     return _added([of_some(index) for index in range(terms // together)])
+
+
+def _codes_at(held: Int8[Array, "N lanes"], place: int, q: QTensor) -> Shaped[Array, "N lanes"]:
+    """The codes at one place of bytes, those of whole numbers in 32 bits, in which one is shifted without a mask."""
+    if jnp.issubdtype(q.codes.dtype, jnp.integer):
+        return unpacked(held.astype(jnp.int32), place, places_of(q.codes.dtype))
+    return held.view(q.codes.dtype)
 
 
 def _added(parts: Sequence[Array]) -> Array:

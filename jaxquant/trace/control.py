@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from jaxquant.errors import UnseenError
 from jaxquant.trace.loops import scan, while_loop
-from jaxquant.trace.param import Param
+from jaxquant.trace.param import Param, as_they_lie
 from jaxquant.trace.records import Records, nothing
 from jaxquant.trace.walker import Walker
 
@@ -51,17 +51,21 @@ def cond(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records
     """`lax.cond` and `lax.switch`; the branches of `platform_dependent` are left to JAX."""
     if eqn.params.get("branches_platforms") is not None:
         return None
-    branches = [_branch(jaxpr, walker, {}) for jaxpr in eqn.params["branches"]]
+    operands, back = as_they_lie(inputs[1:])
+
+    def branches_of(nothing: Records) -> list[Callable]:
+        return [_branch(jaxpr, walker, back, nothing) for jaxpr in eqn.params["branches"]]
+
+    branches = branches_of({})
     if walker.recording:
-        seen = [nothing(jax.eval_shape(branch, *inputs[1:])[1]) for branch in branches]
-        union = functools.reduce(operator.or_, seen)
-        branches = [_branch(jaxpr, walker, union) for jaxpr in eqn.params["branches"]]
-    return jax.lax.switch(inputs[0], branches, *inputs[1:])
+        seen = [nothing(jax.eval_shape(branch, *operands)[1]) for branch in branches]
+        branches = branches_of(functools.reduce(operator.or_, seen))
+    return jax.lax.switch(inputs[0], branches, *operands)
 
 
-def _branch(jaxpr: ClosedJaxpr, walker: Walker, nothing: Records) -> Callable:
+def _branch(jaxpr: ClosedJaxpr, walker: Walker, back: Callable, nothing: Records) -> Callable:
     def branch(*operands):
-        outs, records = walker.body(jaxpr, operands, "cond")
+        outs, records = walker.body(jaxpr, back(operands), "cond")
         return outs, nothing | records
 
     return branch

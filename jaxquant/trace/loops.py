@@ -13,7 +13,7 @@ import jax
 from jax.extend.core import JaxprEqn
 
 from jaxquant.trace import views
-from jaxquant.trace.param import Param
+from jaxquant.trace.param import Param, as_they_lie
 from jaxquant.trace.records import Records, merged, nothing
 from jaxquant.trace.walker import Walker
 
@@ -24,12 +24,12 @@ def scan(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records
     consts, carry, xs = inputs[:n_consts], inputs[n_consts : n_consts + n_carry], inputs[n_consts + n_carry :]
     invars, outvars = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
     held = _held(carry, invars[n_consts : n_consts + n_carry], outvars[:n_carry])
+    (laid, back), (kept, back_kept) = as_they_lie(consts), as_they_lie(held)
     stacks = [_stack(x, id(eqn)) if isinstance(x, Param) else x for x in xs]
-    indices = [x.index if isinstance(x, Param) else None for x in xs]
 
     def body(moving, slices):
-        slices = [_indexed(*pair) for pair in zip(slices, indices, strict=True)]
-        outs, records = walker.body(jaxpr, [*consts, *_merge(held, moving), *slices], "scan")
+        slices = [_slice(*pair) if isinstance(pair[1], Param) else pair[0] for pair in zip(slices, xs, strict=True)]
+        outs, records = walker.body(jaxpr, [*back(laid), *_merge(back_kept(kept), moving), *slices], "scan")
         return _moving(held, outs[:n_carry]), (outs[n_carry:], records)
 
     start = _moving(
@@ -51,14 +51,21 @@ def _counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _stack(param: Param, loop: int) -> Param:
-    """A stacked parameter, with the slices that a loop takes of it in all its parts."""
+    """A stacked parameter as it lies, with the slices that a loop takes of it in all its parts."""
+    param = param.laid if _lies_in_slices(param) else param
     value = views.fill_leading(param.value, param.value.shape)
     return dataclasses.replace(param.view(value, param.origin and param.origin.loop(loop)), index=None)
 
 
-def _indexed(x: Any, index: Any) -> Any:
-    """A slice that a loop took, with the index that was taken of the whole stack before."""
-    return x if index is None else dataclasses.replace(x, index=index)
+def _slice(taken: Param, stack: Param) -> Param:
+    """A slice that a loop took, as the stack would have it: its axes, and the index that was taken before."""
+    memory = [axis - 1 for axis in stack.memory[1:]] if stack.memory and _lies_in_slices(stack) else None
+    return dataclasses.replace(taken.seen(memory), index=stack.index)
+
+
+def _lies_in_slices(stack: Param) -> bool:
+    """Whether a stack lies in memory slice after slice, each of them in an order of its own."""
+    return stack.memory is None or stack.memory[0] == 0
 
 
 def while_loop(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, Records]:
@@ -67,13 +74,14 @@ def while_loop(eqn: JaxprEqn, inputs: Sequence, walker: Walker) -> tuple[list, R
     test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     test_consts, body_consts, carry = inputs[:n_test], inputs[n_test : n_test + n_body], inputs[n_test + n_body :]
     held = _held(carry, body.jaxpr.invars[n_body:], body.jaxpr.outvars)
+    (laid, back), (kept, back_kept) = as_they_lie([*test_consts, *body_consts]), as_they_lie(held)
 
     def proceed(moving):
-        (go,), records = walker.body(test, [*test_consts, *_merge(held, moving)], "while")
+        (go,), records = walker.body(test, [*back(laid)[:n_test], *_merge(back_kept(kept), moving)], "while")
         return go, records
 
     def turn(moving):
-        outs, records = walker.body(body, [*body_consts, *_merge(held, moving)], "while")
+        outs, records = walker.body(body, [*back(laid)[n_test:], *_merge(back_kept(kept), moving)], "while")
         return _moving(held, outs), records
 
     start = [walker.decode(c, "while carry") if h is None else c for c, h in zip(carry, held, strict=True)]

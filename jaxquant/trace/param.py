@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxquant.trace import views
 from jaxquant.trace.provenance import Origin
@@ -47,6 +48,35 @@ class Param:
         memory = tuple(place[axis] for axis in (self.memory or range(len(place))))
         origin = self.origin and self.origin.transpose(permutation)
         return Param(views.transpose(self.value, permutation), self.path, memory, origin, self.index)
+
+    @property
+    def laid(self) -> "Param":
+        """The same parameter as it lies in memory, in the order of its axes there and in bytes."""
+        param = self if self.memory is None else self.transposed(self.memory)
+        return dataclasses.replace(param, value=getattr(param.value, "in_bytes", param.value))
+
+    def seen(self, memory: Sequence[int] | None) -> "Param":
+        """What was `laid`, as it was before.
+
+        Args:
+          memory: that of the parameter before.
+        """
+        param = dataclasses.replace(self, value=getattr(self.value, "unpacked", self.value))
+        return param if memory is None else param.transposed(np.argsort(memory).tolist())
+
+
+def as_they_lie(values: Sequence) -> tuple[list, Callable[[Sequence], list]]:
+    """Values with their parameters as they lie in memory, and what makes of those again what they were.
+
+    For loops and branches: whatever enters one XLA writes in the order of its axes, so that a parameter which was
+    transposed before would be copied, at every call; one that is transposed inside is read where it lies.
+    """
+
+    def back(laid: Sequence) -> list:
+        pairs = zip(laid, values, strict=True)
+        return [now.seen(before.memory) if isinstance(before, Param) else now for now, before in pairs]
+
+    return [value.laid if isinstance(value, Param) else value for value in values], back
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])

@@ -4,7 +4,8 @@ A *bundle* is a pytree of arrays of one rank that stand together for one array o
 part divides the same axis of `shape`. Codes are full; a scale is 1 along the axes it is shared over, or counts its
 groups. A view moves all parts of a bundle at once, so nothing is decoded; where a part cannot follow (a slice that
 cuts through a group, a reshape that would mix groups), the view is None and the caller decodes. A bundle may name
-`blocks`, the length along each axis of what a slice has to leave whole.
+`blocks`, the length along each axis of what a slice has to leave whole, and a form `in_bytes` to enter loops and
+branches in, which is `unpacked` there.
 
     shape  (576, 9, 64)      transpose (1, 0, 2)      (9, 576, 64)
     codes  (576, 9, 64)  ---------------------------> (9, 576, 64)
