@@ -32,9 +32,16 @@ def attend(queries: Heads, keys: Sequence[Part], values: Sequence[Part], positio
       keys, values: their parts.
       position: of the first query.
     """
-    # Of several parts XLA would decode each anew for every query that shares it.
+    # Of several parts XLA would decode each anew for every query that shares it. GPUs have no such copy to save, and
+    # several of them, which share out the heads, would exchange what they have.
     if queries.shape[1] == len(keys) == 1:
-        return _from_one(queries, keys[0], values[0], position)
+        operands = queries, keys, values, jnp.asarray(position)
+        return jax.lax.platform_dependent(*operands, cpu=_in_order, default=_head_by_head)
+    return _head_by_head(queries, keys, values, position)
+
+
+def _head_by_head(queries: Heads, keys: Sequence[Part], values: Sequence[Part], position: Position) -> Heads:
+    """One product for each head of keys, and one for each of values."""
     batch, time, heads, width = queries.shape
     length, kv_heads = keys[0].shape[1:3]
     # The queries that share a key become more rows of one product.
@@ -47,8 +54,9 @@ def attend(queries: Heads, keys: Sequence[Part], values: Sequence[Part], positio
     return mixed.reshape(batch, heads, time, width).swapaxes(1, 2)
 
 
-def _from_one(query: Heads, keys: Part, values: Part, position: Position) -> Heads:
-    """In the order of memory: for a product of each head XLA on CPU would first copy all, to put heads first."""
+def _in_order(query: Heads, whole_keys: Sequence[Part], whole_values: Sequence[Part], position: Position) -> Heads:
+    """One query, in the order of memory: for a product of each head XLA on CPU would copy all, to put heads first."""
+    (keys,), (values,) = whole_keys, whole_values
     (batch, _, heads, width), (length, kv_heads) = query.shape, keys.shape[1:3]
     groups = query.reshape(batch, 1, kv_heads, heads // kv_heads, width)
     scores = jnp.stack([_products(groups[:, :, :, index], keys) for index in range(groups.shape[3])], axis=-1)

@@ -143,6 +143,16 @@ def test_no_weight_is_gathered(case, cut, rows):
     assert program.argument_bytes <= q.nbytes / 4 + 8 * rows * SIZE + SIZE * 256
 
 
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_cards_share_out_the_heads_of_a_cache(tokens):
+    """Tensor parallelism: attention to codes exchanges nothing, because each head is on one card."""
+    cache = jax.eval_shape(lambda: jq.KVCache.empty(1, 256, 8, 128, jq.int8, jnp.bfloat16))
+    queries, cut = shape(1, tokens, 32, 128), P(None, None, "model")
+    run = lambda cache, queries: cache.attend(queries, 200)  # noqa: E731
+    assert not jq.lower_for("h100", run, cache, queries, devices=4, specs=(cut, cut)).collectives
+
+
 class Transformer(nn.Module):
     """Two layers of width 256."""
 
