@@ -51,9 +51,14 @@ def places_of(dtype: Any) -> int:
     return 8 // jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 1
 
 
+def is_float8(dtype: Any) -> bool:
+    """Whether a dtype is a float of 8 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
+
+
 def hides_bytes(dtype: Any) -> bool:
     """Whether codes of a dtype are others than the bytes they lie in: several to a byte, or float8."""
-    return places_of(dtype) > 1 or (jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1)
+    return places_of(dtype) > 1 or is_float8(dtype)
 
 
 def bytes_of(codes: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows bytes"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxquant import inputs
 from jaxquant.errors import ClosureError, ShapeError
 from jaxquant.format import code_name
-from jaxquant.packed import Packed, hides_bytes, places_of
+from jaxquant.packed import Packed, is_float8
 from jaxquant.trace.views import expand
 from jaxquant.values import values_of
 
@@ -121,10 +121,11 @@ class QTensor:
 
     @property
     def in_bytes(self) -> "QTensor":
-        """The same with codes that are no bytes held in those they lie in, if its last axis takes whole ones."""
-        dtype = self.codes.dtype
-        whole = hides_bytes(dtype) and self.shape[-1:] != () and self.shape[-1] % places_of(dtype) == 0
-        return dataclasses.replace(self, codes=Packed.of(self.codes)) if whole else self
+        """The same with float8 codes held in their bytes, which XLA on CPU slices without a float16 of all of them.
+
+        Codes of less than a byte stay: of a stack of them XLA on GPU reads in place what it would copy of its bytes.
+        """
+        return dataclasses.replace(self, codes=Packed.of(self.codes)) if is_float8(self.codes.dtype) else self
 
     @property
     def unpacked(self) -> "QTensor":

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxquant.packed import Packed, places_of
+from jaxquant.packed import Packed, hides_bytes, places_of
 from jaxquant.qtensor import QTensor, decode, is_qtensor
 from jaxquant.trace.views import transpose
 
@@ -88,10 +88,10 @@ def _turn(q: QTensor) -> Any:
     if isinstance(q.codes, Packed):
         return q
     if _has_inputs_last(q):
-        return q.in_bytes if _is_of_bytes(q) or _is_packed(q, axis=1) else q
+        return _in_bytes(q) if _is_of_bytes(q) or _is_packed(q, axis=1) else q
     if q.ndim < 2 or not (_is_of_bytes(q) or _is_packed(q, axis=0)):
         return q
-    return Turned(transpose(q, swapped(q.ndim)).in_bytes)
+    return Turned(_in_bytes(transpose(q, swapped(q.ndim))))
 
 
 def _has_inputs_last(q: QTensor) -> bool:
@@ -109,6 +109,11 @@ def _is_packed(q: QTensor, axis: int) -> bool:
     """A matrix with several codes to a byte of inputs, which are those of an axis, all of one group."""
     places, groups = places_of(q.codes.dtype), q.scale.shape[axis]
     return places > 1 and q.ndim == 2 and groups > 0 and q.shape[axis] // groups % places == 0
+
+
+def _in_bytes(q: QTensor) -> QTensor:
+    """Codes as the bytes they lie in."""
+    return dataclasses.replace(q, codes=Packed.of(q.codes)) if hides_bytes(q.codes.dtype) else q
 
 
 def is_turned(leaf: Any) -> bool:

@@ -51,7 +51,7 @@ class Param:
 
     @property
     def laid(self) -> "Param":
-        """The same parameter as it lies in memory, in the order of its axes there and in bytes."""
+        """The same parameter as it lies in memory: in the order of its axes there, and `in_bytes`."""
         param = self if self.memory is None else self.transposed(self.memory)
         return dataclasses.replace(param, value=getattr(param.value, "in_bytes", param.value))
 
