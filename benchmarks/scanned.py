@@ -1,4 +1,4 @@
-"""A model whose layers are one `lax.scan` over stacked weights, in several formats against float32 and Qwix.
+"""A model whose layers are one `lax.scan` over stacked weights, in several formats against float32.
 
 python benchmarks/scanned.py
 python benchmarks/scanned.py --rows 1 --runs 5
@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import measure
-import peers
 from rich.console import Console
 from rich.progress import track
 
@@ -52,7 +51,7 @@ class Scanned(nn.Module):
         return blocks()(x, None)[0]
 
 
-def contenders(model: nn.Module, params: Any, console: Console) -> dict[str, tuple[Any, Any]]:
+def contenders(model: nn.Module, params: Any) -> dict[str, tuple[Any, Any]]:
     """Functions of parameters and activations, and their parameters."""
     found = {"float32": (model.apply, params)}
     for name, (format, activations) in CASES.items():
@@ -61,7 +60,7 @@ def contenders(model: nn.Module, params: Any, console: Console) -> dict[str, tup
         turned = jq.turned(stacks)
         if jax.tree.structure(turned) != jax.tree.structure(stacks):
             found[f"{name} turned"] = run, turned
-    return found | peers.present({"Qwix": peers.qwix_models}, console, model, params, jnp.ones((1, WIDTH)), GROUP)
+    return found
 
 
 def main() -> None:
@@ -71,7 +70,7 @@ def main() -> None:
     options, console = parser.parse_args(), Console()
     model = Scanned()
     params = model.init(jax.random.key(0), jnp.ones((1, WIDTH)))
-    ready = {name: (jax.jit(run), tree) for name, (run, tree) in contenders(model, params, console).items()}
+    ready = {name: (jax.jit(run), tree) for name, (run, tree) in contenders(model, params).items()}
     records = []
     for rows in track([int(count) for count in options.rows.split(",")], "rows", transient=True):
         x = jax.random.normal(jax.random.key(1), (rows, WIDTH))
@@ -79,7 +78,6 @@ def main() -> None:
         errors = measure.errors(calls, BOUNDS)
         records += measure.records(errors, measure.medians(calls, options.runs, options.seconds), rows=rows)
     console.print(measure.table(f"{LAYERS} x ({WIDTH} -> {HIDDEN} -> {WIDTH}) in one scan", records))
-    measure.print_against_others(records, console)
     measure.write(options.json, records, console)
 
 
