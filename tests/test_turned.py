@@ -113,7 +113,7 @@ def test_the_bytes_of_a_packed_weight_are_never_taken_apart_in_memory(rows, opti
 
 @pytest.mark.parametrize("format", [jq.fp8, jq.fp8(dtype=jnp.float8_e5m2)], ids=["e4m3", "e5m2"])
 def test_every_float8_is_what_it_stands_for_in_a_row(format):
-    """Law: of all bytes that there are, a row of ones has the sums of their numbers, and NaN where one of them is."""
+    """Law: a row with a single one has the numbers of all bytes that there are, and NaN where they are no numbers."""
     q = jq.quantize(normal(256, 256), format)
     codes = jax.lax.bitcast_convert_type(jnp.tile(jnp.arange(-128, 128).astype(jnp.int8), (256, 1)), q.codes.dtype)
     q = dataclasses.replace(q, codes=codes, scale=jnp.ones_like(q.scale))
@@ -177,9 +177,14 @@ def test_inputs_that_lie_last_stay_where_they_are(format):
 
 
 @pytest.mark.parametrize("activations", [jq.int8, jq.int8(symmetric=False), None], ids=["int8", "affine", "float"])
-@pytest.mark.parametrize("format", [jq.int4(group=64), jq.fp8], ids=["int4", "e4m3"])
-def test_the_bytes_of_a_tied_head_are_never_taken_apart_in_a_loop(format, activations):
-    """Law: rows are looked up in the bytes that the head multiplies, and nothing of their size is written."""
+@pytest.mark.parametrize(
+    ("format", "most"), [(jq.int4(group=64), 4096 * 256 // 4), (jq.fp8, 4096 * 256 * 3 // 5)], ids=["int4", "e4m3"]
+)
+def test_the_bytes_of_a_tied_head_are_never_taken_apart_in_a_loop(format, most, activations):
+    """Law: rows are looked up in the bytes that the head multiplies, and nothing of half their size is written.
+
+    But of float8, whose sums in 8 terms are half its bytes.
+    """
     q = jq.turned(jq.quantize_params({"embedding": normal(4096, 256)}, format))
 
     def step(p, token):
@@ -189,7 +194,7 @@ def test_the_bytes_of_a_tied_head_are_never_taken_apart_in_a_loop(format, activa
         lambda p, token: jax.lax.scan(lambda t, _: step(p, t), token, length=4)[1], activations=activations
     )
     compiled = jax.jit(fn).lower(q, jnp.array([3])).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < q["embedding"].nbytes * 3 // 5
+    assert compiled.memory_analysis().temp_size_in_bytes < most
 
 
 @pytest.mark.parametrize("options", [{"activations": None}, {}, {"outliers": 1}], ids=["float", "int8", "outlier"])
